@@ -1,0 +1,100 @@
+"""The float network and the diffusion around it."""
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+from torch.testing import assert_close
+
+import unet as U
+
+
+def test_size_and_widths():
+    """About 9 M parameters; every inner width is a multiple of 32, so that the default Hadamard block fits all layers."""
+    unet = U.UNet()
+    assert 8.5e6 < sum(p.numel() for p in unet.parameters()) < 9.5e6
+    inner = [m.weight.shape[1] for n, m in unet.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and n != "conv_in"]
+    assert all(c % 32 == 0 for c in inner) and len(inner) > 80
+
+
+def test_shapes_and_labels(unet):
+    """Output has the input's shape; y = None means "none", the last row of the class table; labels matter; so does t."""
+    x, t = torch.randn(2, 3, 32, 32), torch.tensor([3, 700])
+    none = unet(x, t)
+    assert none.shape == x.shape
+    assert torch.equal(none, unet(x, t, torch.tensor([10, 10]))) and not torch.equal(none, unet(x, t, torch.tensor([1, 2])))
+    assert not torch.allclose(none[1], unet(x, torch.tensor([3, 200]))[1])
+
+
+def test_alpha_bars_by_hand():
+    """abar_t = prod (1 - beta_i) in plain Python floats, DDPM's linear schedule."""
+    abar = 1.0
+    for t in range(1000):
+        abar *= 1 - (1e-4 + (0.02 - 1e-4) * t / 999)
+        assert math.isclose(U.alpha_bars()[t], abar, rel_tol=1e-5)
+
+
+def test_add_noise_by_hand():
+    x_0, eps = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    x = U.add_noise(x_0, torch.tensor([0, 999]), eps)
+    for i, t in enumerate((0, 999)):
+        a = float(U.alpha_bars()[t])
+        assert_close(x[i], math.sqrt(a) * x_0[i] + math.sqrt(1 - a) * eps[i])
+
+
+class Oracle(nn.Module):
+    """Knows x_0 and returns exactly the noise that is in x: the perfect network."""
+    classes = 10
+
+    def __init__(self, x_0):
+        super().__init__()
+        self.x_0, self.seen = x_0, []
+
+    def forward(self, x, t, y):
+        self.seen.append((int(t[0]), y.tolist()))
+        a = U.alpha_bars().double()[t].view(-1, 1, 1, 1)
+        return (x - a.sqrt() * self.x_0) / (1 - a).sqrt()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 50])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_ddim_finds_what_a_perfect_network_knows(steps, eta):
+    """With the true noise every step's x_0~ is x_0, and each x_t has the noise level of its t, for any steps and eta."""
+    x_0 = torch.rand(4, 3, 32, 32, dtype=torch.float64) * 2 - 1
+    oracle, noise = Oracle(x_0), torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    for t, x, eps, guess in U.ddim(oracle, noise, steps=steps, eta=eta, generator=torch.Generator().manual_seed(0)):
+        assert_close(guess, x_0, rtol=0, atol=1e-4)
+        if t != 999:
+            level = (x - math.sqrt(U.alpha_bars()[t]) * x_0).std()
+            assert_close(level, torch.tensor(math.sqrt(1 - U.alpha_bars()[t]), dtype=torch.float64), rtol=0.03, atol=2e-3)
+    assert [t for t, _ in oracle.seen] == U.ddim_timesteps(steps).tolist()
+
+
+def test_timesteps_span_everything():
+    assert U.ddim_timesteps(50)[0] == 999 and U.ddim_timesteps(50)[-1] == 0 and len(set(U.ddim_timesteps(1000).tolist())) == 1000
+    for steps in (0, 1001):
+        with pytest.raises(ValueError, match="outside 1 .. 1000"):
+            U.ddim_timesteps(steps)
+
+
+def test_guidance(unet):
+    """guidance 1 is the conditional model, 0 the unconditional one, 2 goes as far again beyond."""
+    x, y = torch.randn(2, 3, 32, 32), torch.tensor([1, 2])
+    eps = {g: next(U.ddim(unet, x, y, 10, guidance=g))[2] for g in (0.0, 1.0, 2.0)}
+    t = torch.full((2,), 999)
+    assert_close(eps[1.0], unet(x, t, y).detach())
+    assert_close(eps[0.0], unet(x, t).detach())
+    assert_close(eps[2.0], 2 * eps[1.0] - eps[0.0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("drop, expected", [(0.0, {0, 1}), (1.0, {10})])
+def test_label_dropout(drop, expected):
+    """A dropped label becomes "none"; nothing else is ever changed."""
+    spy = Oracle(torch.zeros(8, 3, 4, 4, dtype=torch.float64))
+    U.ddpm_loss(spy, torch.zeros(8, 3, 4, 4), torch.tensor([0, 1] * 4), 10, drop)
+    assert set(spy.seen[0][1]) == expected
+
+
+def test_loss_of_a_perfect_network_is_zero():
+    x_0 = torch.rand(8, 3, 4, 4) * 2 - 1
+    assert U.ddpm_loss(Oracle(x_0), x_0, torch.zeros(8, dtype=torch.long), 10).item() < 1e-6
