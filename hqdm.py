@@ -1,0 +1,689 @@
+"""HQ-DM in one file: 4-bit weights and 4- or 3-bit activations for diffusion models, with one Hadamard transform.
+
+Mao et al., "HQ-DM: Single Hadamard Transformation-Based Quantization-Aware Training for Low-Bit Diffusion Models",
+arXiv 2512.05746. Needs torch, numpy and einops; knows nothing of our UNet but the names of its layers.
+
+The trouble: a few activation channels are far larger than the rest (outliers). A 3-bit grid wide enough for them has no
+levels left for the others. The cure: spread each pixel's channel vector with a Hadamard transform H before rounding, and
+undo the transform after it (H H = I). Weights have no such outliers, so they are NOT rotated:
+
+    x_h   = H x                                                 H: orthonormal, symmetric, blocks of k = 32 channels
+    q_x   = clamp(round(x_h / s_x(t)), -q_max, q_max)           q_max = 2^(b-1) - 1: 7 at 4 bits, 3 at 3 bits
+    x_hat = H (s_x q_x)                                         x plus rounding noise
+    w_hat = s_w (q_w - z)                                       per output channel, q_w in 0 .. 2^b - 1
+    y     = conv(x_hat, w_hat) + bias
+
+By hand, x = [8, 1, -1, 1] at 3 bits (q in -3 .. 3): the squared error falls from 3.00 to 0.25.
+
+    >>> x = torch.tensor([8., 1., -1., 1.])
+    >>> s = x.abs().max() / 3                                   # the outlier sets the step: 2.67
+    >>> x_hat = s * (x / s).round()                             # [8, 0, 0, 0]: everything small is gone
+    >>> print(f"{((x - x_hat) ** 2).sum():.2f}")
+    3.00
+    >>> x_h = fwht(x)                                           # [4.5, 2.5, 4.5, 4.5]
+    >>> s = x_h.abs().max() / 3                                 # 1.5
+    >>> x_hat = fwht(s * (x_h / s).round())
+    >>> print(f"{((x - x_hat) ** 2).sum():.2f}")
+    0.25
+
+It stays integer arithmetic. With H = R / sqrt(k), R the matrix of +-1, the scales come out of the sum:
+
+    y - bias = s_x s_w / sqrt(k) * conv(R q_x, q_w - z)         view A: activations rotated back, as integers
+             = s_x s_w / sqrt(k) * conv(q_x, (q_w - z) R)       view B: integer weights rotated, once and offline
+
+Both sums are the same integers (R is symmetric), so we compute every layer on the integer grid, also in training:
+float32 holds integers below 2^24 exactly. An integer layer and its fake-quantized twin then agree to the last bit.
+
+What is learned, against the float model's own noise prediction (train.py): LoRA factors A, B added to each weight before
+it is rounded; each weight's scale s_w; one activation scale s_x for each layer and each DDIM step t.
+
+    symbol    in the code   shape                      what, where
+    x         x             (B, C, h, w) or (B, .., C) input of a layer
+    H         hadamard      block-diagonal (C, C)      R / sqrt(k); H H = I
+    R         walsh         block-diagonal (C, C)      the same with entries +-1
+    k         block         32                         channels that one transform mixes
+    s_x(t)    log_s_x       (S,)                       activation scale at each of S DDIM steps, as a logarithm
+    z_x(t)    z_x           (S,)                       zero point of activations, only where rotation = "none"
+    q_x       q_x           shape of x                 activation integers, z_x taken off
+    s_w       log_s_w       (C_out, 1)                 weight scale, as a logarithm: positive by construction
+    z         z_w           (C_out, 1)                 zero point of weights, an integer in 0 .. 2^b - 1
+    q_w       q_w           shape of the weight        weight integers 0 .. 2^b - 1, two 4-bit ones a byte when packed
+    A, B      lora_A lora_B (r, C_in, kh, kw), (C_out, r)    W + B A is what gets rounded; B = 0 at the start
+    t, S      clock.step    (B,)                       each sample's DDIM step, found from its t
+"""
+import contextlib
+import functools
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+
+ROTATIONS = ("none", "single", "double")
+
+
+# ---------------------------------------------------------------- 1. the Hadamard transform
+
+def fwht(x):
+    """(..., n) -> (..., n): H x along the last dimension, by the recursion that defines it, n log2 n additions.
+
+        H_1 = [1],   H_2m = [[H_m, H_m], [H_m, -H_m]] / sqrt(2)
+
+    Equals x @ hadamard_matrix(n) / sqrt(n); its own inverse. Raises ValueError unless n is a power of two.
+    """
+    return _fwht(x) / math.sqrt(x.shape[-1])
+
+
+def _fwht(x):
+    """R x without the 1/sqrt(n): works on integers, and keeps them integers."""
+    n = x.shape[-1]
+    if n < 1 or n & (n - 1):
+        raise ValueError(f"a Hadamard transform of {n} values: {n} is not a power of two")
+    if n == 1:
+        return x
+    a, b = x.chunk(2, dim=-1)                        # the two halves, (..., n/2) each
+    a, b = _fwht(a), _fwht(b)
+    return torch.cat([a + b, a - b], dim=-1)
+
+
+@functools.lru_cache
+def hadamard_matrix(n, device="cpu", dtype=torch.float32):
+    """R, (n, n), entries +-1: R R = n I. Sylvester's construction; n a power of two."""
+    return _fwht(torch.eye(n, dtype=dtype, device=device))
+
+
+def check_block(channels, block):
+    """Raise ValueError unless `block` is a power of two that divides `channels`; the message names what would do."""
+    if block < 1 or block & (block - 1):
+        raise ValueError(f"Hadamard block {block} is not a power of two; use 32, 16 or 8")
+    if channels % block:
+        fits = [str(2**i) for i in range(9, 2, -1) if 2**i < block and channels % 2**i == 0]
+        raise ValueError(f"{channels} channels are not a multiple of the Hadamard block {block}; use "
+                         + (f"block {', '.join(fits[:-1])} or {fits[-1]}" if len(fits) > 1 else "rotation none"))
+
+
+@contextlib.contextmanager
+def full_float32(device):
+    """No TF32 and no autocast inside: TF32 keeps 11 bits, an error of 1e-3 in H x, and moves values across grid lines."""
+    old = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False) if device.type in ("cpu", "cuda") else contextlib.nullcontext():
+            yield
+    finally:
+        torch.set_float32_matmul_precision(old)
+
+
+def _blocks(x, matrix, dim, block):
+    """Multiply every block of `block` entries along `dim` by a symmetric (block, block) matrix."""
+    dim %= x.ndim
+    check_block(x.shape[dim], block)
+    if x.ndim == 4 and dim == 1 and x.is_contiguous(memory_format=torch.channels_last):
+        # Channels lie side by side in memory, so this permutation moves nothing and the result is channels_last again.
+        return rearrange(_blocks(rearrange(x, "B C h w -> B h w C"), matrix, 3, block), "B h w C -> B C h w")
+    if dim == x.ndim - 1:
+        return (x.unflatten(dim, (-1, block)) @ matrix).flatten(-2)          # one tall (.., k) x (k, k) product
+    x, rest = x.unflatten(dim, (-1, block)).flatten(dim + 2), x.shape[dim + 1:]
+    return (matrix @ x).flatten(dim, dim + 1).unflatten(dim + 1, rest)       # (k, k) x (k, h w) for every B and block
+
+
+def walsh(x, dim=1, block=32):
+    """R x: the transform with entries +-1, block by block along `dim`. Integers in, exactly those integers out.
+
+    Any shape and any dtype; float tensors may hold integers up to 2^24 / block. Raises ValueError as check_block does.
+    """
+    if not x.is_floating_point():                    # matmul takes no integers on a GPU: add and subtract instead
+        check_block(x.shape[dim], block)
+        parts = x.movedim(dim, -1).unflatten(-1, (-1, block))
+        return _fwht(parts).flatten(-2).movedim(-1, dim)
+    with full_float32(x.device):
+        return _blocks(x, hadamard_matrix(block, x.device, x.dtype), dim, block)
+
+
+class _Hadamard(torch.autograd.Function):
+    """y = H x has the gradient H^T g = H g: nothing needs to be saved for the way back."""
+
+    @staticmethod
+    def forward(ctx, x, dim, block):
+        ctx.dim, ctx.block = dim, block
+        with full_float32(x.device):
+            return _blocks(x, hadamard_matrix(block, x.device, x.dtype) / math.sqrt(block), dim, block)
+
+    @staticmethod
+    def backward(ctx, g):
+        return hadamard(g, ctx.dim, ctx.block), None, None
+
+
+def hadamard(x, dim=1, block=32):
+    """H x: orthonormal and block-diagonal along `dim`; its own inverse and its own gradient. Same shape as x.
+
+    A (block x block) matrix product: at k = 32 faster than the recursion, which passes over memory log2 k times.
+    Equals fwht on each block. Raises ValueError where the block does not divide the width.
+    """
+    return _Hadamard.apply(x, dim, block)
+
+
+# ---------------------------------------------------------------- 2. grids, rounding, and where a grid's scale comes from
+
+def grid(bits, symmetric):
+    """(q_min, q_max): the integers that `bits` bits hold. Symmetric drops one, so that -q is on the grid with q."""
+    return (-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+
+
+class _RoundSTE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+def round_ste(x):
+    """Round to the nearest integer, ties to even; the gradient passes as if nothing had happened.
+
+    The straight-through estimator (Bengio et al. 2013, arXiv 1308.3432): the true gradient is 0 almost everywhere.
+    """
+    return _RoundSTE.apply(x)
+
+
+def quantize(v, s, z, bits, symmetric):
+    """v -> clamp(round(v / s) + z, q_min, q_max) - z: integers (stored as floats) of which s times them is v, rounded.
+
+    Gradients follow from round_ste and clamp, as in LSQ (Esser et al. 2020, arXiv 1902.08153): v gets the gradient
+    inside the grid and none outside; for s * quantize(v, s) the scale gets (round(v/s) - v/s) inside and q_max outside.
+    """
+    q = round_ste(v / s)
+    if symmetric:                                    # z = 0: two passes over memory less
+        return q.clamp(*grid(bits, symmetric))
+    return (q + z).clamp(*grid(bits, symmetric)) - z
+
+
+def search_scale(v, bits, symmetric, p, shrinks=80, lo=None, hi=None):
+    """Rows of v (R, n) -> scale s (R, 1) and zero point z (R, 1), by trying 80 shrinks of each row's (min, max).
+
+    Kept is the shrink with the least sum |v - v_hat|^p: p = 2.4 for weights (the authors' code), 2 for activations.
+    lo, hi (R, 1): the range to shrink, where v is only a sample. All candidates are tried at once: (80, R, n).
+    """
+    lo = (v.amin(1, keepdim=True) if lo is None else lo).clamp(max=0)        # 0 stays on the grid: zero padding is exact
+    hi = (v.amax(1, keepdim=True) if hi is None else hi).clamp(min=0)
+    q_min, q_max = grid(bits, symmetric)
+    width = torch.maximum(-lo, hi) / q_max if symmetric else (hi - lo) / (q_max - q_min)        # (R, 1)
+    shrink = 1 - torch.arange(shrinks, device=v.device, dtype=v.dtype).view(-1, 1, 1) / shrinks
+    s = (width * shrink).clamp(min=1e-8)                                     # an all-zero row gets a harmless scale
+    z = torch.zeros_like(s) if symmetric else (-lo * shrink / s).round().clamp(q_min, q_max)
+    error = (v - s * quantize(v, s, z, bits, symmetric)).abs().pow(p).sum(2, keepdim=True)      # (80, R, 1)
+    best = error.argmin(0, keepdim=True)
+    return s.gather(0, best)[0], z.gather(0, best)[0]
+
+
+# ---------------------------------------------------------------- 3. integer arithmetic
+
+def accumulator_bound(taps, q_x_max, q_w_max, block=1):
+    """The largest |sum| that a layer with `taps` products an output can reach, in any order of summation.
+
+    Cauchy-Schwarz: |sum (q_w - z) (R q_x)| <= |q_w - z| |R q_x| <= sqrt(taps) q_w_max sqrt(block taps) q_x_max, because
+    R stretches a vector by exactly sqrt(block). block = 1 without rotation. Both views, and every partial sum.
+    """
+    return math.ceil(taps * math.sqrt(block) * q_x_max * q_w_max)
+
+
+def _int8_digits(x):
+    """Integers -> [(int8 tensor, shift)] with x = sum digit * 2^shift: low digits 0 .. 127, the last one signed."""
+    if x.dtype == torch.int8:
+        return [(x, 0)]
+    digits, shift = [], 0
+    while x.numel() and (x.max() > 127 or x.min() < -128):
+        digits.append(((x & 127).to(torch.int8), shift))
+        x, shift = x >> 7, shift + 7
+    return digits + [(x.to(torch.int8), shift)]
+
+
+def _pad_to(x, rows, columns):
+    return F.pad(x, (0, -x.shape[1] % columns, 0, max(0, rows - x.shape[0])))
+
+
+def int_matmul(a, b, route="int8"):
+    """Exact integer product (m, n) x (n, o) -> (m, o) int32; a, b of any integer dtype.
+
+    route "int8": torch._int_mm, int8 x int8 -> int32, on base-128 digits of what does not fit int8. CPU and CUDA.
+    route "int64": the definition, on the CPU.
+    Raises ValueError on a device that has no such product; TypeError where an operand is not integer.
+    """
+    if a.is_floating_point() or b.is_floating_point():
+        raise TypeError(f"int_matmul takes integer tensors, not {a.dtype} and {b.dtype}")
+    if route == "int64":
+        if a.device.type != "cpu":
+            raise ValueError("the int64 route runs on the cpu: no GPU multiplies int64 matrices")
+        return (a.long() @ b.long()).to(torch.int32)
+    if a.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"integer layers run on cpu and cuda, not on {a.device.type}; use --device cpu")
+    m, o = a.shape[0], b.shape[1]
+    acc = 0
+    # cuBLASLt wants more than 16 rows and multiples of 8 elsewhere: padding with zeros changes no sum.
+    for low, i in _int8_digits(a):
+        for high, j in _int8_digits(b):
+            part = torch._int_mm(_pad_to(low, 32, 8), _pad_to(high, high.shape[0] + -high.shape[0] % 8, 8))
+            acc = acc + (part[:m, :o] << (i + j))    # int32 wraps around, and the true sum fits: the result is exact
+    return acc
+
+
+def int_conv2d(q_x, q_w, stride=1, padding=0, route="int8"):
+    """Integer convolution: q_x (B, C, h, w), q_w (C_out, C, kh, kw), any integer dtypes -> int32 (B, C_out, h', w').
+
+    im2col, then one exact integer product. Zero padding is exact, because 0 is the integer of 0.0 on our grids.
+    Raises as int_matmul does.
+    """
+    C_out, _, kh, kw = q_w.shape
+    x = F.pad(q_x, (padding,) * 4)
+    x = x.unfold(2, kh, stride).unfold(3, kw, stride)                        # (B, C, h', w', kh, kw), a view
+    B, h = x.shape[0], x.shape[2]
+    columns = rearrange(x, "B C h w kh kw -> (B h w) (kh kw C)")             # channels last: long runs to copy
+    acc = int_matmul(columns, rearrange(q_w, "O C kh kw -> (kh kw C) O"), route)
+    return rearrange(acc, "(B h w) O -> B O h w", B=B, h=h)
+
+
+def pack_weights(q, bits):
+    """Integers 0 .. 2^bits - 1, any shape -> uint8 (bytes,): two a byte up to 4 bits (low half first), else one."""
+    q = q.flatten().to(torch.uint8)
+    if bits > 4:
+        return q
+    q = F.pad(q, (0, len(q) % 2))
+    return q[0::2] | (q[1::2] << 4)
+
+
+def unpack_weights(packed, bits, shape):
+    """The inverse of pack_weights: uint8 tensor of the given shape."""
+    if bits <= 4:
+        packed = torch.stack([packed & 15, packed >> 4], dim=1).flatten()
+    return packed[:math.prod(shape)].view(shape)
+
+
+# ---------------------------------------------------------------- 4. the quantized layers
+
+class Clock:
+    """Which DDIM step each sample is at. One for all layers of a network, set from t before every forward.
+
+    Nothing counts calls: a batch may mix steps, and a stray call shifts nothing.
+    """
+
+    def __init__(self, timesteps):
+        self.timesteps, self.step = torch.tensor(list(timesteps)), None
+
+    def set(self, t):
+        """t (B,) -> step (B,): the nearest of the timesteps that the scales were trained for."""
+        self.timesteps = self.timesteps.to(t.device)
+        self.step = (t[:, None] - self.timesteps).abs().argmin(dim=1)
+
+
+class HQLayer(nn.Module):
+    """What HQConv2d and HQLinear share: a float layer made over, with its input and its weight on integer grids.
+
+    rotation "single": only the activations are rotated (HQ-DM). "double": activations and weights, no way back needed
+    (QuaRot, Ashkboos et al. 2024, arXiv 2404.00456). "none": no transform, asymmetric activations (EfficientDM, He et
+    al. 2024, arXiv 2310.03270). Bits of 32 leave that side in float.
+
+    Two lives: in training it holds the float weight, LoRA and log-scales; freeze() turns those into packed integers.
+    packed=True builds it in its second life, to be filled by load_state_dict.
+    Raises ValueError for bits outside 2 .. 16 (or 32), an unknown rotation, a block that does not divide the width, and
+    where a sum could pass 2^31.
+    """
+    dim = 1                                          # where the channels of the input are
+
+    def __init__(self, layer, wbits=4, abits=4, rotation="single", block=32, rank=32, clock=None, packed=False):
+        super().__init__()
+        for bits in (wbits, abits):
+            if not (2 <= bits <= 16 or bits == 32):
+                raise ValueError(f"{bits} bits are not possible; choose 2 to 16, or 32 for float")
+        if rotation not in ROTATIONS:
+            raise ValueError(f"rotation {rotation!r} does not exist; choose from {', '.join(ROTATIONS)}")
+        self.shape = layer.weight.shape              # (C_out, C_in, kh, kw) or (C_out, C_in)
+        if rotation != "none":
+            check_block(self.shape[1], block)
+        self.wbits, self.abits, self.rotation = wbits, abits, rotation
+        self.block = block if rotation != "none" else 1
+        self.clock = clock or Clock([0])
+        self.symmetric = rotation != "none"          # rotated values spread around 0; what SiLU puts out does not
+        self.integer, self.view = False, "B"         # see set_integer
+        self._cache = None
+
+        # The largest operands and sums that the formats allow: they decide how a sum is computed (see accumulator).
+        mixed = block if rotation == "single" else 1             # how many weights one operand of view B adds up
+        self.taps = math.prod(self.shape[1:])                    # products in one output value
+        self.q_x_max = max(map(abs, grid(abits, self.symmetric)))
+        self.q_w_max = 2**wbits - 1                              # of q_w - z, for any zero point
+        self.operand_max = mixed * self.q_w_max                  # of (q_w - z) R
+        self.bound = accumulator_bound(self.taps, self.q_x_max, self.q_w_max, mixed)
+        self.on_grid = max(wbits, abits) <= 8                    # has an integer form
+        if self.on_grid and self.bound >= 2**31:
+            raise ValueError(f"sums of {self.taps} products at W{wbits}A{abits} could reach {self.bound:,}, past int32")
+
+        w, steps = layer.weight.detach().float(), len(self.clock.timesteps)
+        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().float(), requires_grad=False)
+        if abits != 32:
+            self.log_s_x = nn.Parameter(w.new_zeros(steps))
+            if not self.symmetric:
+                self.z_x = nn.Parameter(w.new_zeros(steps))
+        self.frozen = packed
+        if packed:
+            self._hold_integers(w.new_zeros(self.shape), w.new_ones(self.shape[0], 1), w.new_zeros(self.shape[0], 1))
+            return
+        # Double: the weight lives in the rotated basis from here on, and so do its LoRA factors.
+        self.register_buffer("weight", hadamard(w, 1, block) if rotation == "double" else w)
+        self.lora_A = nn.Parameter(w.new_empty(rank, *self.shape[1:]))           # for a convolution: rank filters k x k
+        self.lora_B = nn.Parameter(w.new_zeros(self.shape[0], rank))             # and a 1x1; B A = 0: no change yet
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))                    # as in LoRA, arXiv 2106.09685
+        if wbits != 32:
+            s, z = search_scale(self.weight.flatten(1), wbits, symmetric=False, p=2.4)
+            self.log_s_w = nn.Parameter(s.log())
+            self.register_buffer("z_w", z)
+
+    def steps_of(self, x):
+        """(B,) which activation scale each sample of x takes. RuntimeError where there are many and the clock is not set."""
+        if self.clock.step is not None:
+            return self.clock.step
+        if len(self.log_s_x) > 1:
+            raise RuntimeError("which DDIM step is this? call the layer through its UNet, or clock.set(t) first")
+        return torch.zeros(len(x), dtype=torch.long, device=x.device)
+
+    # -- the two operands of the product
+
+    def quantize_input(self, x):
+        """x -> (H x on its grid, integers in a float tensor; s_x (B, 1, ..)). H x and 1 at 32 bits. Differentiable."""
+        v = hadamard(x, self.dim, self.block) if self.rotation != "none" else x
+        if self.abits == 32:
+            return v, 1.0
+        step = self.steps_of(x)
+        shape = (-1,) + (1,) * (x.ndim - 1)
+        s = self.log_s_x.exp()[step].view(shape)                 # each sample has the scale of its own step
+        z = 0 if self.symmetric else round_ste(self.z_x)[step].view(shape)
+        return quantize(v, s, z, self.abits, self.symmetric), s
+
+    def quantize_weight(self):
+        """(q_w - z, integers in a float tensor; s_w (C_out, 1)). The float weight and 1 at 32 bits. Differentiable."""
+        if self.frozen and self.wbits != 32:
+            q = unpack_weights(self.q_w, self.wbits, self.shape) if self.on_grid else self.q_w
+            return (q.flatten(1).float() - self.z_w.float()).view(self.shape), self.s_w
+        w = self.weight
+        if not self.frozen:
+            w = w + (self.lora_B @ self.lora_A.flatten(1)).view(self.shape)      # (C_out, r) x (r, C_in kh kw)
+        if self.wbits == 32:
+            return w, 1.0
+        s = self.log_s_w.exp()
+        return quantize(w.flatten(1), s, self.z_w, self.wbits, symmetric=False).view(self.shape), s
+
+    def operand(self):
+        """What q_x is multiplied with, and its scale: (q_w - z) R and s_w / sqrt(k) for single, else q_w - z and s_w.
+
+        This is view B. Rotating the weight is cheaper than rotating q_x back: it is smaller, and frozen it is done once.
+        """
+        key = (self.q_w.device, self.q_w._version) if self.frozen and self.wbits != 32 else None
+        if key and self._cache and self._cache[0] == key:        # the version counts writes, such as load_state_dict's
+            return self._cache[1]
+        q, s = self.quantize_weight()
+        if self.rotation == "single":
+            q, s = walsh(q, 1, self.block), s / math.sqrt(self.block)
+        self._cache = (key, (q, s)) if key else None
+        return q, s
+
+    # -- the product
+
+    def forward(self, x):
+        q_x, s_x = self.quantize_input(x)
+        q_w, s_w = self.operand()
+        acc = self.integer_accumulator(q_x).float() if self.integer else self.accumulator(q_x, q_w)
+        s = s_x * (s_w if isinstance(s_w, float) else s_w.view(self.per_channel))
+        bias = 0 if self.bias is None else self.bias.view(self.per_channel)
+        return bias + acc * s                                    # the one place where scales meet integers
+
+    def accumulator(self, q_x, q_w):
+        """The sums of the fake-quantized layer, in float32 and still exact integers. Differentiable.
+
+        A float32 sum is exact while every partial sum is below 2^24 and every operand below 2^11 (so that TF32 units
+        may multiply). Else the weights are cut into digits of m bits; each digit's sum is exact, and int32 adds them.
+        """
+        y = self.multiply(q_x, q_w)
+        if not self.on_grid or (self.bound < 2**24 and self.operand_max <= 2**11):
+            return y
+        with torch.no_grad():
+            m = int(math.log2(2**24 / (self.taps * self.q_x_max)))
+            digits = math.ceil((self.operand_max.bit_length() + 1) / m)
+            rest, acc = q_w.to(torch.int32), 0
+            for i in range(digits):
+                digit = rest & (2**m - 1) if i + 1 < digits else rest            # low digits 0 .. 2^m - 1, last one signed
+                acc = acc + (self.multiply(q_x, digit.float()).to(torch.int32) << (m * i))
+                rest = rest >> m
+        return y + (acc.float() - y).detach()                    # the value of acc, rounded once; the gradient of y
+
+    def integer_accumulator(self, q_x, view=None, route="int8"):
+        """The same sums by integer arithmetic alone, int32. q_x: as quantize_input gives it. view: "A" or "B"."""
+        if not self.on_grid:
+            raise ValueError(f"a W{self.wbits}A{self.abits} layer has no integer form; use 2 to 8 bits for both")
+        q_x, q_w = to_int(q_x.detach(), self.q_x_max), to_int(self.quantize_weight()[0].detach(), self.q_w_max)
+        if self.rotation == "single" and (view or self.view) == "A":
+            q_x = to_int(walsh(q_x.to(torch.int16), self.dim, self.block), self.block * self.q_x_max)
+        elif self.rotation == "single":
+            q_w = to_int(walsh(q_w.to(torch.int16), 1, self.block), self.operand_max)
+        return self.multiply_int(q_x, q_w, route)
+
+    # -- scales of the activations, and the second life
+
+    @torch.no_grad()
+    def fit_input(self, x, samples=8192):
+        """Set the activation scale of the clock's step by least squared error on x, a float input of this layer."""
+        v = (hadamard(x, self.dim, self.block) if self.rotation != "none" else x).flatten()
+        pick = torch.randint(len(v), (samples,), generator=torch.Generator().manual_seed(0)).to(v.device)
+        lo, hi = v.amin().view(1, 1), v.amax().view(1, 1)        # the range of all values; the error of a sample
+        s, z = search_scale(v[pick][None], self.abits, self.symmetric, p=2, lo=lo, hi=hi)
+        step = self.steps_of(x)[0]
+        self.log_s_x[step] = s[0, 0].log()
+        if not self.symmetric:
+            self.z_x[step] = z[0, 0]
+
+    @torch.no_grad()
+    def freeze(self):
+        """Fold LoRA into the weight, round it for good, and keep only packed integers, scales and zero points."""
+        if self.frozen:
+            return
+        w, s = self.quantize_weight()
+        z = getattr(self, "z_w", None)
+        for name in ("weight", "lora_A", "lora_B", "log_s_w", "z_w"):
+            if hasattr(self, name):
+                delattr(self, name)
+        self.frozen = True
+        self._hold_integers(w if z is None else (w.flatten(1) + z).view(self.shape), s, z)   # q_w, 0 .. 2^b - 1
+        self.requires_grad_(False)
+
+    def _hold_integers(self, q, s, z):
+        if self.wbits == 32:
+            self.register_buffer("weight", q)
+            return
+        self.register_buffer("q_w", pack_weights(q, self.wbits) if self.on_grid else q)
+        self.register_buffer("s_w", s)
+        self.register_buffer("z_w", z.to(torch.uint8) if self.wbits <= 8 else z)
+
+    @property
+    def bytes(self):
+        """(float32 bytes, packed bytes) of weight, bias and scales; the float layer has no scales."""
+        C_out, bias = self.shape[0], 4 * (self.shape[0] if self.bias is not None else 0)
+        n, steps = math.prod(self.shape), len(self.clock.timesteps)
+        scales_x = 0 if self.abits == 32 else 4 * steps * (1 if self.symmetric else 2)
+        weight = 4 * n if self.wbits == 32 else (math.ceil(n / 2) if self.wbits <= 4 else n) + 5 * C_out
+        return 4 * n + bias, weight + bias + scales_x
+
+
+def to_int(q, q_max):
+    """Integers in any tensor -> int8 where q_max fits, else int16."""
+    return q.to(torch.int8 if q_max <= 127 else torch.int16)
+
+
+class HQConv2d(HQLayer):
+    """A quantized nn.Conv2d: (B, C_in, h, w) -> (B, C_out, h', w'). Arguments and errors: HQLayer."""
+
+    per_channel = (1, -1, 1, 1)
+
+    def __init__(self, layer, *args, **kwargs):
+        if layer.groups != 1 or layer.dilation != (1, 1) or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+            raise ValueError("HQConv2d needs groups 1, dilation 1 and zero padding given as a number")
+        self.stride, self.padding = layer.stride[0], layer.padding[0]
+        super().__init__(layer, *args, **kwargs)
+
+    def multiply(self, q_x, q_w):
+        return F.conv2d(q_x, q_w, stride=self.stride, padding=self.padding)
+
+    def multiply_int(self, q_x, q_w, route="int8"):
+        acc = int_conv2d(q_x, q_w, self.stride, self.padding, route)
+        # The memory format that conv2d would have given: what comes next adds in the order of memory.
+        last = q_x.is_contiguous(memory_format=torch.channels_last)
+        return acc.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+class HQLinear(HQLayer):
+    """A quantized nn.Linear: (B, .., C_in) -> (B, .., C_out). Arguments and errors: HQLayer."""
+
+    dim, per_channel = -1, (-1,)
+
+    def multiply(self, q_x, q_w):
+        return F.linear(q_x, q_w)
+
+    def multiply_int(self, q_x, q_w, route="int8"):
+        return int_matmul(q_x.flatten(0, -2), q_w.T, route).view(*q_x.shape[:-1], -1)
+
+
+# ---------------------------------------------------------------- 5. a whole UNet
+
+# First and last layers and the resampling and skip convolutions stay at 8 bits: few bytes, and all later layers see
+# their error. On an 8-bit grid outliers do no harm, so none of them is rotated.
+EIGHT_BITS = {
+    "time_mlp": "first layer (time)", "conv_in": "first layer (image)", "conv_out": "last layer",
+    "skip": "skip convolution", "resample": "resampling convolution"}
+
+
+def quantize_unet(unet, wbits, abits, rotation="single", block=32, timesteps=(0,), rank=32, packed=False):
+    """Replace every nn.Conv2d and nn.Linear of a UNet, in place; return the report, one dict a layer.
+
+    timesteps: the DDIM times that get an activation scale each; forward(x, t, ..) picks by t, the nearest.
+    packed=True: ready for load_state_dict of frozen integers. Raises ValueError as HQLayer does, naming the layer.
+    """
+    clock, rows = Clock(timesteps), []
+    for name, layer in list(unet.named_modules()):
+        if not isinstance(layer, (nn.Conv2d, nn.Linear)):
+            if isinstance(layer, (nn.Embedding, nn.GroupNorm)) or hasattr(layer, "heads"):
+                rows.append(_float_row(name, layer))
+            continue
+        why = next((text for part, text in EIGHT_BITS.items() if part in name.split(".")), None)
+        bits = [b if b == 32 or not why else 8 for b in (wbits, abits)]
+        rotate = "none" if why else rotation
+        kind = HQConv2d if isinstance(layer, nn.Conv2d) else HQLinear
+        try:
+            new = kind(layer, *bits, rotate, block, rank, clock, packed).to(layer.weight.device)
+        except ValueError as e:
+            raise ValueError(f"{name}: {e}") from None
+        unet.get_submodule(name.rpartition(".")[0])._modules[name.rpartition(".")[2]] = new
+        shape = "x".join(map(str, new.shape[2:]))
+        rows.append({"layer": name, "kind": f"conv {shape}" if shape else "linear", "wbits": bits[0], "abits": bits[1],
+                     "rotation": rotate, "block": new.block, "note": f"{why}: 8 bits, not rotated" if why else
+                     "" if rotate != "none" else "rotation none was asked for", "accumulator_bound": new.bound,
+                     "float_bytes": new.bytes[0], "bytes": new.bytes[1]})
+    unet.clock = clock
+    unet.register_forward_pre_hook(_set_clock, with_kwargs=True)
+    unet.requires_grad_(False)
+    for layer in layers(unet):
+        for name, p in layer.named_parameters():
+            p.requires_grad_(name != "bias" and not packed)
+    return rows
+
+
+def _set_clock(unet, args, kwargs):
+    unet.clock.set(kwargs["t"] if "t" in kwargs else args[1])
+
+
+def _float_row(name, layer):
+    why = {nn.Embedding: "a table look-up: nothing is multiplied", nn.GroupNorm: "a normalisation, no matrix"}
+    size = 4 * sum(p.numel() for p in layer.parameters(recurse=False))
+    return {"layer": name, "kind": type(layer).__name__, "wbits": 32, "abits": 32, "rotation": "none", "block": 1,
+            "note": "float: " + why.get(type(layer), "q k^T and its softmax; its qkv and proj are rows of their own"),
+            "accumulator_bound": 0, "float_bytes": size, "bytes": size}
+
+
+def layers(model):
+    """The quantized layers of a model, in order."""
+    return [m for m in model.modules() if isinstance(m, HQLayer)]
+
+
+def format_report(rows):
+    """The rows of quantize_unet as a table with totals; norms, which are many and all alike, as one line."""
+    lines = [f"{'layer':26s} {'kind':10s} {'W':>2s} {'A':>2s} {'rotation':8s} {'block':>5s} {'|sum| <':>11s} {'bytes':>9s}  note"]
+    norms = [r for r in rows if r["kind"] == "GroupNorm"]
+    for r in (r for r in rows if r["kind"] != "GroupNorm"):
+        lines.append(f"{r['layer']:26s} {r['kind']:10s} {r['wbits']:2d} {r['abits']:2d} {r['rotation']:8s} {r['block']:5d} "
+                     f"{r['accumulator_bound']:11,d} {r['bytes']:9,d}  {r['note']}")
+    if norms:
+        lines.append(f"{len(norms)} x GroupNorm: {sum(r['bytes'] for r in norms):,d} bytes, {norms[0]['note']}")
+    old, new = sum(r["float_bytes"] for r in rows), sum(r["bytes"] for r in rows)
+    lines.append(f"total {old:,d} bytes in float32, {new:,d} packed: {old / new:.1f} times smaller")
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def calibrate(student, teacher, batches):
+    """Set all activation scales from the float model's own activations, step by step, by least squared error.
+
+    student: quantize_unet of a copy of teacher. batches: (x_t, t, y) of a few teacher trajectories, one t a batch.
+    """
+    twins = dict(teacher.named_modules())
+    hooks = [twins[name].register_forward_pre_hook(lambda _, args, layer=layer: layer.fit_input(args[0]))
+             for name, layer in student.named_modules() if isinstance(layer, HQLayer) and layer.abits != 32]
+    try:
+        for x, t, y in batches:
+            student.clock.set(t)
+            teacher(x, t, y)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def parameter_groups(model, lr=1.0):
+    """What is trained, as optimiser groups with their own base_lr: `lr` times the paper's three rates.
+
+    The paper's rates: LoRA mean(s_w) / 2500 layer by layer, s_w 1e-6, s_x 5e-4. Ours are scales' logarithms, and
+    d log s = ds / s: the same relative step, taken at the mean scale of the network.
+    """
+    found = layers(model)
+    s_w = [p for layer in found if hasattr(layer, "log_s_w") for p in (layer.log_s_w,)]
+    s_x = [p for layer in found if hasattr(layer, "log_s_x") for p in (layer.log_s_x,)]
+    z_x = [layer.z_x for layer in found if hasattr(layer, "z_x")]
+
+    def mean_scale(logs):
+        return float(torch.cat([p.detach().exp().flatten() for p in logs]).mean())
+    groups = [{"params": [layer.lora_A, layer.lora_B],
+               "base_lr": lr * (mean_scale([layer.log_s_w]) if hasattr(layer, "log_s_w") else 0.01) / 2500} for layer in found]
+    if s_w:
+        groups.append({"params": s_w, "base_lr": lr * 1e-6 / mean_scale(s_w)})
+    if s_x:
+        groups.append({"params": s_x + z_x, "base_lr": lr * 5e-4 / mean_scale(s_x)})
+    return groups
+
+
+def freeze(model):
+    """End of training: fold LoRA in, round the weights for good and pack them, in every layer."""
+    for layer in layers(model):
+        layer.freeze()
+
+
+def set_integer(model, on=True, view="B"):
+    """Let every quantized layer compute in integers (or not), in view A or B. The outputs are the same bits.
+
+    Raises ValueError where the model has no quantized layer, or one without an integer form.
+    """
+    found = layers(model)
+    if on and not found:
+        raise ValueError("this model has no quantized layer to run in integers: it is a float checkpoint")
+    if view not in ("A", "B"):
+        raise ValueError(f"view {view!r} does not exist; choose A or B")
+    for layer in found:
+        if on and not layer.on_grid:
+            raise ValueError(f"a W{layer.wbits}A{layer.abits} layer has no integer form; use 2 to 8 bits for both")
+        layer.integer, layer.view = on, view

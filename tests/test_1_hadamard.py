@@ -1,0 +1,85 @@
+"""The transform. Exercise: delete the body of fwht in hqdm.py and make this file green again."""
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import hqdm
+
+
+def dense(n):
+    """H from its closed form, H_ij = (-1)^(number of common one bits of i and j) / sqrt(n), float64: the oracle."""
+    return torch.tensor([[(-1.0) ** bin(i & j).count("1") for j in range(n)] for i in range(n)], dtype=torch.float64) / math.sqrt(n)
+
+
+def block_dense(channels, block):
+    return torch.block_diag(*[dense(block)] * (channels // block))
+
+
+@pytest.mark.parametrize("n", [2**i for i in range(11)])
+def test_recursion_is_the_dense_matrix(n):
+    """fwht(x) = x H in values and in gradients, for n = 1 .. 1024."""
+    x = torch.randn(3, 2, n, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(3, 2, n, dtype=torch.float64)
+    y = hqdm.fwht(x)
+    assert_close(y, x @ dense(n), rtol=1e-12, atol=1e-12)
+    assert_close(torch.autograd.grad(y, x, g)[0], g @ dense(n), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("block", [2, 4, 8, 16, 32, 64])
+@pytest.mark.parametrize("shape, dim", [((2, 128, 3, 5), 1), ((2, 7, 128), -1), ((128, 2), 0), ((2, 64, 2, 3, 2), 1)])
+def test_fast_transform_is_the_block_diagonal_matrix(block, shape, dim):
+    """hadamard(x) = blockdiag(H .. H) x along any dimension, values and gradients, equal to the recursion too."""
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(shape, dtype=torch.float64)
+    M = block_dense(shape[dim], block)
+    y = hqdm.hadamard(x, dim, block)
+    assert_close(y, (x.movedim(dim, -1) @ M).movedim(-1, dim), rtol=1e-12, atol=1e-12)
+    assert_close(torch.autograd.grad(y, x, g)[0], (g.movedim(dim, -1) @ M).movedim(-1, dim), rtol=1e-12, atol=1e-12)
+    blocks = x.detach().movedim(dim, -1).unflatten(-1, (-1, block))
+    assert_close(y, hqdm.fwht(blocks).flatten(-2).movedim(-1, dim), rtol=1e-12, atol=1e-12)
+
+
+def test_memory_formats_agree():
+    """NCHW and channels_last take different routes to the same values, and each keeps its format."""
+    x = torch.randn(2, 64, 4, 4)
+    last = hqdm.hadamard(x.to(memory_format=torch.channels_last), 1, 32)
+    assert last.is_contiguous(memory_format=torch.channels_last) and hqdm.hadamard(x, 1, 32).is_contiguous()
+    assert_close(last, hqdm.hadamard(x, 1, 32))
+
+
+def test_float32_error_is_small():
+    """Against float64 the float32 transform errs by less than 1e-6 of the norm: TF32 would err by 1e-3."""
+    x = torch.randn(8, 128, 16, 16)
+    exact = hqdm.hadamard(x.double(), 1, 32)
+    assert (hqdm.hadamard(x, 1, 32) - exact).norm() / exact.norm() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.int16])
+def test_walsh_keeps_integers(dtype):
+    """R x is an exact integer, the same from matmul on floats and from additions on integers."""
+    q = torch.randint(-7, 8, (2, 64, 3, 3))
+    oracle = (q.movedim(1, -1) @ (block_dense(64, 32) * math.sqrt(32)).round().long()).movedim(-1, 1)
+    assert torch.equal(hqdm.walsh(q.to(dtype), 1, 32).long(), oracle)
+
+
+def test_single_numbers():
+    """H of one outlier spreads it evenly: [32, 0, 0, ..] -> 32 / sqrt(32) everywhere."""
+    x = torch.zeros(32)
+    x[0] = 32
+    assert_close(hqdm.hadamard(x, 0, 32), torch.full((32,), 32 / math.sqrt(32)))
+
+
+@pytest.mark.parametrize("n", [3, 12, 100, 0])
+def test_recursion_refuses_other_lengths(n):
+    with pytest.raises(ValueError, match="power of two"):
+        hqdm.fwht(torch.zeros(2, n))
+
+
+def test_block_that_does_not_divide_is_refused_with_choices():
+    """No silent skip: the message names the blocks that would do."""
+    with pytest.raises(ValueError, match="48 channels are not a multiple of the Hadamard block 32; use block 16 or 8"):
+        hqdm.hadamard(torch.zeros(1, 48, 2, 2))
+    with pytest.raises(ValueError, match="not a power of two"):
+        hqdm.hadamard(torch.zeros(1, 48, 2, 2), block=24)

@@ -1,0 +1,73 @@
+"""Grids, rounding with a gradient, and the search for a weight's scale."""
+import pytest
+import torch
+from torch.testing import assert_close
+
+import hqdm
+
+
+def test_grid_values():
+    """What b bits hold: 15 values at 4 bits symmetric, 7 at 3 bits, 16 at 4 bits asymmetric."""
+    assert hqdm.grid(4, True) == (-7, 7) and hqdm.grid(3, True) == (-3, 3) and hqdm.grid(2, True) == (-1, 1)
+    assert hqdm.grid(4, False) == (0, 15) and hqdm.grid(3, False) == (0, 7) and hqdm.grid(8, False) == (0, 255)
+
+
+def test_quantize_picks_the_nearest_grid_point():
+    """s q is the nearest of all grid points, found here by trying every one."""
+    v = torch.linspace(-5, 5, 999)
+    s, z = torch.tensor(0.37), torch.tensor(5.0)
+    points = s * (torch.arange(16) - z)                                       # (16,)
+    nearest = points[(v[:, None] - points).abs().argmin(1)]
+    assert_close(s * hqdm.quantize(v, s, z, 4, symmetric=False), nearest)
+
+
+def test_round_ste_rounds_and_passes_the_gradient():
+    x = torch.tensor([-1.5, -0.5, 0.49, 0.5, 2.5, 7.4], requires_grad=True)
+    y = hqdm.round_ste(x)
+    y.backward(g := torch.randn(6))
+    assert torch.equal(y.detach(), torch.tensor([-2.0, 0.0, 0.0, 0.0, 2.0, 7.0])) and torch.equal(x.grad, g)
+
+
+def test_gradients_of_clipping():
+    """Inside the range v gets gradient 1 and s gets round(v/s) - v/s; outside v gets 0 and s gets q_min or q_max (LSQ eq. 3)."""
+    v = torch.tensor([-9.0, -0.3, 0.2, 1.4, 9.0], requires_grad=True)
+    s = torch.full((5,), 0.5, requires_grad=True)
+    (s * hqdm.quantize(v, s, 0, 3, symmetric=True)).sum().backward()
+    assert_close(v.grad, torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0]))
+    assert_close(s.grad, torch.tensor([-3.0, -1 + 0.6, 0 - 0.4, 3 - 2.8, 3.0]))
+
+
+@pytest.mark.parametrize("bits, symmetric, p", [(4, False, 2.4), (3, True, 2.0), (8, False, 2.4)])
+def test_scale_search_against_brute_force(bits, symmetric, p):
+    """The scale kept is the best of the 80, by a plain loop in float64 over rows and candidates."""
+    torch.manual_seed(1)
+    v = torch.randn(6, 200) * torch.rand(6, 1)
+    s, z = hqdm.search_scale(v, bits, symmetric, p)
+    q_min, q_max = hqdm.grid(bits, symmetric)
+
+    def error(row, scale, zero):
+        q = ((row / scale).round() + zero).clamp(q_min, q_max) - zero
+        return ((row - scale * q).abs() ** p).sum()
+    for row, scale, zero in zip(v.double(), s.double()[:, 0], z.double()[:, 0]):
+        lo, hi, errors = row.min().clamp(max=0), row.max().clamp(min=0), []
+        for i in range(80):
+            width = (1 - i / 80) * (max(-lo, hi) / q_max if symmetric else (hi - lo) / (q_max - q_min))
+            errors.append(error(row, width, 0 if symmetric else (-lo * (1 - i / 80) / width).round()))
+        assert_close(error(row, scale, zero), min(errors), rtol=1e-4, atol=0)
+
+
+def test_scale_search_survives_a_dead_row():
+    """A row of zeros (a pruned channel) gets a positive scale: its logarithm must exist."""
+    s, z = hqdm.search_scale(torch.zeros(2, 9), 4, False, 2.4)
+    assert (s > 0).all() and torch.isfinite(z).all()
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("shape", [(5, 3, 3, 3), (4, 8), (1, 1)])
+def test_packing_survives_a_round_trip(bits, shape):
+    """pack, then unpack, gives the same integers; up to 4 bits two share a byte, with the first in the low half."""
+    q = torch.randint(0, 2**bits, shape)
+    packed = hqdm.pack_weights(q, bits)
+    assert torch.equal(hqdm.unpack_weights(packed, bits, shape), q.to(torch.uint8))
+    assert len(packed) == (-(-q.numel() // 2) if bits <= 4 else q.numel())
+    assert hqdm.pack_weights(torch.tensor([3, 10]), 4).tolist() == [0xA3]

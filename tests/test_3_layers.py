@@ -1,0 +1,146 @@
+"""One quantized layer: the paper's formula, the scale that t picks, LoRA, and the limits."""
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+import hqdm
+
+
+def layer(kind="conv", rotation="single", wbits=4, abits=4, seed=0, **kwargs):
+    """A quantized layer with 64 input channels, its input, and the float layer it came from; scale already fitted."""
+    torch.manual_seed(seed)
+    plain = nn.Conv2d(64, 16, 3, padding=1) if kind == "conv" else nn.Linear(64, 16)
+    x = torch.randn(4, 64, 5, 5) * (1 + 9 * (torch.arange(64) == 3))[:, None, None]        # channel 3 is an outlier
+    x = x if kind == "conv" else x[..., 0, 0]
+    new = (hqdm.HQConv2d if kind == "conv" else hqdm.HQLinear)(plain, wbits, abits, rotation, **kwargs)
+    new.clock.set(torch.zeros(4, dtype=torch.long))
+    if abits != 32:
+        new.fit_input(x)
+    return new, x, plain
+
+
+@pytest.mark.parametrize("rotation", hqdm.ROTATIONS)
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_the_layer_is_the_paper_formula(kind, rotation):
+    """y = conv(x_hat, w_hat) + bias with x_hat, w_hat dequantized and a dense float64 H: what the integer grid stands for."""
+    new, x, _ = layer(kind, rotation)
+    H = torch.block_diag(*[hqdm.hadamard_matrix(32).double() / 32**0.5] * 2)
+    def rotate(v, dim):
+        return (v.movedim(dim, -1) @ H).movedim(-1, dim)
+    dim, v, w = (1 if kind == "conv" else -1), x.double(), new.weight.double()
+    v = v if rotation == "none" else rotate(v, dim)
+    s, z = new.log_s_x.exp().double(), (new.z_x.double() if rotation == "none" else 0)
+    v = s * (((v / s).round() + z).clamp(*hqdm.grid(4, rotation != "none")) - z)
+    s_w, z_w = new.log_s_w.exp().double(), new.z_w.double()
+    w = (s_w * (((w.flatten(1) / s_w).round() + z_w).clamp(0, 15) - z_w)).view_as(w)
+    v = rotate(v, dim) if rotation != "none" else v              # x_hat; for double the stored weight is W H: rotate it back
+    w = rotate(w, 1) if rotation == "double" else w
+    oracle = (F.conv2d(v, w, padding=1) if kind == "conv" else F.linear(v, w)) + new.bias.double().view(new.per_channel)
+    assert_close(new(x).double(), oracle, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rotation", hqdm.ROTATIONS)
+def test_sixteen_bits_reproduce_the_float_layer(rotation):
+    """The limit of many bits is the float layer: nothing is left out and nothing scaled twice."""
+    new, x, plain = layer("conv", rotation, 16, 16)
+    assert (new(x) - plain(x)).norm() / plain(x).norm() < 1e-3
+
+
+@pytest.mark.parametrize("wbits, abits", [(32, 4), (4, 32), (32, 32)])
+def test_bits_of_32_leave_that_side_in_float(wbits, abits):
+    """W32A4 errs by its activations alone, W4A32 by its weights alone, W32A32 not at all; freezing changes nothing."""
+    new, x, plain = layer("conv", "single", wbits, abits)
+    y = new(x)
+    error = (y - plain(x)).norm() / plain(x).norm()
+    assert error < 1e-5 if (wbits, abits) == (32, 32) else 1e-3 < error < 0.5
+    new.freeze()
+    assert_close(new(x), y, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="no integer form"):
+        new.integer_accumulator(x)
+
+
+def test_rotation_helps_against_an_outlier():
+    """The point of the paper, on one layer at 3 bits with one loud channel: single errs least."""
+    error = {}
+    for rotation in hqdm.ROTATIONS:
+        new, x, plain = layer("conv", rotation, 4, 3)
+        error[rotation] = ((new(x) - plain(x)).norm() / plain(x).norm()).item()
+    assert error["single"] < error["none"] and error["single"] < error["double"]
+
+
+def test_lora_changes_nothing_at_the_start():
+    """B = 0: any rank gives the layer without LoRA, and only B has a gradient at first."""
+    (one, x, _), (big, _, _) = layer(rank=1), layer(rank=32)
+    assert torch.equal(one(x), big(x))
+    big(x).square().sum().backward()
+    assert big.lora_B.grad.abs().sum() > 0 and big.lora_A.grad.abs().sum() == 0
+
+
+def test_lora_is_what_gets_rounded():
+    """Adding D to the weight and adding it by B A give the same integers: LoRA acts before the rounding."""
+    new, x, _ = layer()
+    nn.init.normal_(new.lora_B, std=0.05)
+    other = copy.deepcopy(new)
+    with torch.no_grad():
+        other.weight += (new.lora_B @ new.lora_A.flatten(1)).view_as(other.weight)
+        other.lora_B.zero_()
+    assert torch.equal(new.quantize_weight()[0], other.quantize_weight()[0]) and torch.equal(new(x), other(x))
+
+
+def test_t_picks_the_scale_per_sample():
+    """A batch that mixes steps equals its samples one by one, in any order, after any number of calls."""
+    new, x, _ = layer(clock=hqdm.Clock([900, 500, 100]))
+    new.log_s_x.data = torch.tensor([0.1, 0.5, 1.5]).log()
+    t = torch.tensor([100, 880, 520, 900])                       # nearest: steps 2, 0, 1, 0
+    new.clock.set(t)
+    assert new.clock.step.tolist() == [2, 0, 1, 0]
+    together = new(x)
+    for i in (3, 1, 2, 0, 0):
+        new.clock.set(t[i:i + 1])
+        assert_close(new(x[i:i + 1]), together[i:i + 1], rtol=0, atol=0)
+    s = new.log_s_x.exp()
+    new.clock.set(t)
+    assert_close(new.quantize_input(x)[1].flatten(), s[[2, 0, 1, 0]])
+
+
+def test_a_layer_with_many_steps_asks_which_one():
+    new, x, _ = layer(clock=hqdm.Clock([900, 100]))
+    new.clock.step = None
+    with pytest.raises(RuntimeError, match="which DDIM step"):
+        new(x)
+
+
+def test_gradients_reach_everything_that_is_learned():
+    """LoRA, weight scale and activation scale all move; the bias and the float weight stay."""
+    for rotation in hqdm.ROTATIONS:
+        new, x, _ = layer("conv", rotation, 4, 3)
+        nn.init.normal_(new.lora_B, std=0.01)
+        new(x).square().mean().backward()
+        for p in (new.lora_A, new.lora_B, new.log_s_w, new.log_s_x):
+            assert p.grad.abs().sum() > 0
+        assert new.bias.grad is None and not new.weight.requires_grad
+
+
+def test_gradient_is_that_of_the_dequantized_layer():
+    """Autograd through the integer grid equals autograd through conv(x_hat, w_hat), in x and in both scales."""
+    new, x, _ = layer("conv", "single", 4, 3)
+    x.requires_grad_()
+    params = [x, new.log_s_x, new.log_s_w]
+    grads = torch.autograd.grad(new(x).square().mean(), params)
+    q_x, s_x = new.quantize_input(x)
+    q_w, s_w = new.quantize_weight()
+    y = F.conv2d(hqdm.hadamard(s_x * q_x), s_w.view(-1, 1, 1, 1) * q_w, new.bias, padding=1)
+    for a, b in zip(grads, torch.autograd.grad(y.square().mean(), params)):
+        assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kwargs, message", [
+    (dict(wbits=1), "1 bits are not possible"), (dict(abits=17), "17 bits"), (dict(rotation="triple"), "choose from none"),
+    (dict(block=128), "64 channels are not a multiple of the Hadamard block 128"), (dict(block=12), "not a power of two")])
+def test_bad_arguments_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        hqdm.HQLinear(nn.Linear(64, 8), **kwargs)

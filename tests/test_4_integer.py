@@ -1,0 +1,122 @@
+"""Integer arithmetic: the same accumulators as the fake-quantized layer, to the last bit."""
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import hqdm
+
+
+def conv_int64(q_x, q_w, stride, padding):
+    """The oracle: a convolution as four loops over kernel and padding, int64, with no library convolution in it."""
+    q_x, q_w = F.pad(q_x.long(), (padding,) * 4), q_w.long()
+    _, _, kh, kw = q_w.shape
+    h, w = (q_x.shape[2] - kh) // stride + 1, (q_x.shape[3] - kw) // stride + 1
+    acc = 0
+    for i in range(kh):
+        for j in range(kw):
+            patch = q_x[:, :, i:i + stride * h:stride, j:j + stride * w:stride]
+            acc = acc + torch.einsum("bchw,oc->bohw", patch, q_w[:, :, i, j])
+    return acc
+
+
+@pytest.mark.parametrize("route", ["int8", "int64"])
+@pytest.mark.parametrize("limit", [3, 7, 127, 480, 8160])
+@pytest.mark.parametrize("size, stride, padding", [(3, 1, 1), (3, 2, 1), (1, 1, 0), (3, 1, 0), (1, 2, 1)])
+def test_int_conv2d_is_the_integer_convolution(route, limit, size, stride, padding):
+    """Exact for any operand up to 14 bits, stride and padding, and for shapes that no matrix unit likes (5 -> 3 channels)."""
+    q_x = torch.randint(-limit, limit + 1, (2, 5, 6, 6))
+    q_w = torch.randint(-255, 256, (3, 5, size, size))
+    acc = hqdm.int_conv2d(q_x.to(torch.int16), q_w.to(torch.int16), stride, padding, route)
+    assert acc.dtype == torch.int32 and torch.equal(acc.long(), conv_int64(q_x, q_w, stride, padding))
+
+
+def test_floats_are_refused():
+    with pytest.raises(TypeError, match="integer tensors"):
+        hqdm.int_conv2d(torch.zeros(1, 8, 2, 2), torch.zeros(8, 8, 1, 1, dtype=torch.int8))
+
+
+def check(layer, x):
+    """All routes to the accumulator agree, and so do the outputs, before and after freezing."""
+    layer.clock.set(torch.zeros(len(x)))
+    layer.fit_input(x)
+    with torch.no_grad():
+        q_x, _ = layer.quantize_input(x)
+        q_w, _ = layer.operand()
+        sums = [layer.integer_accumulator(q_x, view, route) for view in "AB" for route in ("int8", "int64")]
+        if isinstance(layer, hqdm.HQConv2d):
+            oracle = conv_int64(q_x, q_w, layer.stride, layer.padding)
+        else:
+            oracle = q_x.long() @ q_w.long().T
+        assert all(torch.equal(acc.long(), oracle) for acc in sums)
+        assert torch.equal(layer.accumulator(q_x, q_w), oracle.float())
+        assert oracle.abs().max() <= layer.bound < 2**31
+        fake = layer(x)
+        for frozen in (False, True):
+            if frozen:
+                layer.freeze()
+            layer.integer = False
+            assert torch.equal(layer(x), fake)
+            for view in "AB":
+                layer.integer, layer.view = True, view
+                assert torch.equal(layer(x), fake)
+
+
+@pytest.mark.parametrize("rotation", hqdm.ROTATIONS)
+@pytest.mark.parametrize("wbits", range(2, 9))
+@pytest.mark.parametrize("abits", range(2, 9))
+def test_integer_layer_is_the_fake_layer(rotation, wbits, abits):
+    """Identical accumulators and outputs for W 2..8 x A 2..8: 3x3 and 1x1, stride 1 and 2, both memory formats, linear."""
+    torch.manual_seed(wbits * 10 + abits)
+    x = torch.randn(3, 32, 5, 5) * 3
+    for size, stride, padding in ((3, 1, 1), (3, 2, 1), (1, 1, 0)):
+        conv = nn.Conv2d(32, 8, size, stride, padding)
+        check(hqdm.HQConv2d(conv, wbits, abits, rotation), x.contiguous(memory_format=torch.channels_last))
+    check(hqdm.HQConv2d(conv, wbits, abits, rotation), x)
+    check(hqdm.HQLinear(nn.Linear(32, 8), wbits, abits, rotation), x[:, :, 0].transpose(1, 2))
+
+
+@pytest.mark.parametrize("rotation, wbits, abits", [("none", 8, 8), ("single", 8, 8), ("single", 4, 4), ("double", 8, 8)])
+def test_worst_case_is_exact(rotation, wbits, abits):
+    """Full-scale operands of the widest layer of the UNet, sums near and past 2^24: the split keeps them exact."""
+    layer = hqdm.HQConv2d(nn.Conv2d(256, 8, 3, padding=1), wbits, abits, rotation)
+    torch.manual_seed(0)
+    q_w = torch.randint(-layer.q_w_max, layer.q_w_max + 1, layer.shape)
+    q_w[0] = layer.q_w_max                                       # one channel with every weight at the end of its range
+    q_w = (hqdm.walsh(q_w, 1, 32) if rotation == "single" else q_w).float()
+    q_x = torch.where(torch.randn(2, 256, 4, 4) > 0, layer.q_x_max, -layer.q_x_max).float()
+    q_x[0] = layer.q_x_max
+    oracle = conv_int64(q_x, q_w, 1, 1)
+    assert torch.equal(layer.accumulator(q_x, q_w), oracle.float())
+    assert oracle.abs().max() <= layer.bound
+
+
+@pytest.mark.parametrize("block", [1, 32])
+def test_the_bound_is_reached_but_never_passed(block):
+    """sqrt(k) taps q_x_max q_w_max: equality for all-equal operands without rotation; with rotation random signs stay below."""
+    taps, bound = 64, hqdm.accumulator_bound(64, 7, 15, block)
+    R = torch.block_diag(*[hqdm.hadamard_matrix(block, dtype=torch.float64)] * (taps // block))
+    signs = torch.randn(2000, taps, dtype=torch.float64).sign()
+    largest = ((15 * signs) @ R * (7 * signs.roll(1, 0))).sum(1).abs().max()
+    best = (15 * signs @ R).abs().sum(1).max() * 7               # the q_x that fits each weight row best
+    assert largest <= best <= bound
+    assert block > 1 or best == bound == 64 * 7 * 15
+
+
+def test_sums_past_int32_are_refused():
+    with pytest.raises(ValueError, match="past int32"):
+        hqdm.HQLinear(nn.Linear(2**17, 8), 8, 8, "none")
+
+
+def test_views_need_no_float():
+    """Both views of one weight row by hand: sum (q_w - z) (R q_x) = sum ((q_w - z) R) q_x, because R is symmetric."""
+    q_x, q_w = torch.tensor([[3, 0, -1, 2]]), torch.tensor([[5, -7, 0, 8]])
+    assert int((hqdm.walsh(q_x, 1, 4) * q_w).sum()) == int((q_x * hqdm.walsh(q_w, 1, 4)).sum()) == 68
+    assert math.isclose(hqdm.hadamard(q_x.float(), 1, 4)[0, 0], 2.0)
+
+
+def test_a_float_model_has_no_integer_form(unet):
+    with pytest.raises(ValueError, match="no quantized layer"):
+        hqdm.set_integer(unet)
