@@ -1,0 +1,81 @@
+"""Count mismatches between integer and fake-quantized arithmetic in a trained model: accumulators and pictures.
+
+    python experiments/exact.py CKPT ... -n 100      # writes experiments/exact-DEVICE.json; every count should be 0
+
+Accumulators: at three DDIM steps every layer's input of a real trajectory goes through four routes (fake, integer
+view A, integer view B, and on the CPU int64); all sums are compared. Pictures: whole trajectories drawn three times,
+compared as uint8.
+"""
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import hqdm  # noqa: E402
+from sample import draw, load_model, noise_and_labels, pick_device, positive, provenance, run_cli  # noqa: E402
+from unet import ddim  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+
+
+@torch.no_grad()
+def compare_accumulators(model, n, steps):
+    """(sums compared, sums that differ, largest |sum|) over all layers, at the first, a middle and the last step."""
+    compared = differ = largest = 0
+
+    def look(layer, args):
+        nonlocal compared, differ, largest
+        q_x, _ = layer.quantize_input(args[0])
+        fake = layer.accumulator(q_x, layer.operand()[0])
+        routes = [("A", "int8"), ("B", "int8")] + [("A", "int64")] * (fake.device.type == "cpu")
+        for view, route in routes:
+            acc = layer.integer_accumulator(q_x, view, route)
+            differ += int((acc.float() != fake).sum())
+            compared += acc.numel()
+        largest = max(largest, int(fake.abs().max()))
+
+    device = next(model.parameters()).device
+    noise, y = noise_and_labels(n)
+    x = noise.to(device, memory_format=torch.channels_last)
+    trajectory = [(t, x_t.clone()) for t, x_t, _, _ in ddim(model, x, y.to(device), steps)]
+    hooks = [layer.register_forward_pre_hook(look) for layer in hqdm.layers(model)]
+    for t, x_t in (trajectory[0], trajectory[len(trajectory) // 2], trajectory[-1]):
+        model(x_t, torch.full((n,), t, device=device), y.to(device))
+    for hook in hooks:
+        hook.remove()
+    return compared, differ, largest
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="+", metavar="CKPT")
+    parser.add_argument("-n", type=positive, default=100, help="pictures from each checkpoint (100)")
+    parser.add_argument("--steps", type=positive, default=50)
+    parser.add_argument("--device")
+    args = parser.parse_args()
+    device, start, rows = pick_device(args.device), time.time(), {}
+    for path in args.checkpoints:
+        model = load_model(path, device)
+        compared, differ, largest = compare_accumulators(model, 2, args.steps)
+        row = {"sums": compared, "sums_that_differ": differ, "largest_sum": largest, "pictures": args.n}
+        began = time.time()
+        fake, _ = draw(model, args.n, args.steps)
+        row["fake_seconds"] = round(time.time() - began, 2)
+        for view in "AB":
+            hqdm.set_integer(model, True, view)
+            began = time.time()
+            pictures, _ = draw(model, args.n, args.steps)
+            row[f"integer_{view}_seconds"] = round(time.time() - began, 2)
+            row[f"pictures_that_differ_{view}"] = int((pictures != fake).flatten(1).any(1).sum())
+        rows[path] = row
+        print(path, json.dumps(row), flush=True)
+    report = {"checkpoints": rows, **provenance(args, device, time.time() - start)}
+    (HERE / f"exact-{device.type}.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,235 @@
+"""Whole networks: integer pictures, checkpoints, scores, and bad input to sample.py."""
+import copy
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, needs_models, small_unet
+from torch.testing import assert_close
+
+import hqdm
+import sample
+from unet import ddim_timesteps
+
+TIMES = ddim_timesteps(4).tolist()
+BUNDLED = ["teacher.pt", "w4a3-single.pt", "w4a3-none.pt"]
+
+
+def quantized(rotation="single", wbits=4, abits=3, block=16):
+    """A small UNet, quantized and calibrated, LoRA filled so that folding it matters."""
+    teacher = small_unet()
+    student = copy.deepcopy(teacher)
+    quant = dict(wbits=wbits, abits=abits, rotation=rotation, block=block, timesteps=TIMES, rank=4)
+    hqdm.quantize_unet(student, **quant)
+    x, y = torch.randn(2, 3, 32, 32), torch.tensor([1, 10])
+    hqdm.calibrate(student, teacher, [(x, torch.full((2,), t), y) for t in TIMES])
+    for layer in hqdm.layers(student):
+        torch.nn.init.normal_(layer.lora_B, std=0.01)
+    return student, teacher, quant
+
+
+@pytest.mark.parametrize("rotation", hqdm.ROTATIONS)
+def test_integer_pictures_are_the_fake_quantized_pictures(rotation):
+    """Training form, frozen form, integer view A and view B: the same uint8 pictures, byte for byte."""
+    student, _, _ = quantized(rotation)
+    pictures = [sample.draw(student, 3, 4)[0]]
+    hqdm.freeze(student)
+    pictures.append(sample.draw(student, 3, 4)[0])
+    for view in "AB":
+        hqdm.set_integer(student, True, view)
+        pictures.append(sample.draw(student, 3, 4)[0])
+    assert all(torch.equal(p, pictures[0]) for p in pictures) and pictures[0].float().std() > 10
+
+
+def test_every_layer_is_in_the_report_and_none_is_forgotten():
+    """Each conv and linear is quantized or the report says why not; 8-bit layers by name, the rest at the asked bits."""
+    unet = small_unet()
+    rows = hqdm.quantize_unet(unet, 4, 3, block=16, timesteps=TIMES)
+    by_name = {r["layer"]: r for r in rows}
+    assert not any(type(m) in (torch.nn.Conv2d, torch.nn.Linear) for m in unet.modules())
+    assert len(hqdm.layers(unet)) == sum(r["wbits"] != 32 for r in rows)
+    for name, bits in (("conv_in", 8), ("conv_out", 8), ("time_mlp.0", 8), ("down.0.resample", 8), ("mid1.conv1", 4)):
+        assert by_name[name]["wbits"] == bits and by_name[name]["abits"] == (8 if bits == 8 else 3)
+    assert all(r["rotation"] == "single" or r["note"] for r in rows)
+    assert "mid_attn" in by_name and "class_emb" in by_name and "times smaller" in hqdm.format_report(rows)
+
+
+def test_bytes_of_the_report_are_the_bytes_of_the_tensors():
+    """What the report says each layer takes is what its packed tensors take."""
+    student, _, _ = quantized()
+    rows = {r["layer"]: r for r in hqdm.quantize_unet(small_unet(), 4, 3, block=16, timesteps=TIMES)}
+    hqdm.freeze(student)
+    for name, layer in student.named_modules():
+        if isinstance(layer, hqdm.HQLayer):
+            assert sum(v.numel() * v.element_size() for v in layer.state_dict().values()) == rows[name]["bytes"]
+
+
+def test_a_width_that_the_block_does_not_divide_names_layer_and_choices():
+    with pytest.raises(ValueError, match=r"down.0.rows.0.res.conv1: 32 channels are not .* block 64; use block 32, 16 or 8"):
+        hqdm.quantize_unet(small_unet(), 4, 3, block=64)
+
+
+def test_a_copy_has_its_own_clock():
+    """deepcopy of a quantized network keeps working: its layers read its own clock, not the original's."""
+    student, _, _ = quantized()
+    twin = copy.deepcopy(student)
+    x, t = torch.randn(1, 3, 32, 32), torch.tensor([999])
+    expected = twin(x, t)
+    student.clock.set(torch.tensor([0]))
+    assert torch.equal(twin(x, t), expected) and twin.clock is not student.clock
+
+
+def test_checkpoint_round_trip(tmp_path):
+    """Saved packed and loaded again the model draws the same pictures; nothing but tensors and plain values is inside."""
+    student, _, quant = quantized()
+    hqdm.freeze(student)
+    sample.save_checkpoint(tmp_path / "m.pt", kind="quantized", unet=student.config, quant=quant, model=student.state_dict())
+    model = sample.load_model(tmp_path / "m.pt")
+    assert torch.equal(sample.draw(model, 2, 4)[0], sample.draw(student, 2, 4)[0])
+    assert [p.name for p in tmp_path.iterdir()] == ["m.pt"]      # no temporary file left
+
+
+class Trap:
+    def __reduce__(self):
+        return (open, (str(ROOT / "trap-was-run"), "w"))
+
+
+def test_bad_checkpoints_are_refused_and_not_run(tmp_path):
+    """Missing, damaged, hiding code, newer, of another shape, of another kind: one ValueError or FileNotFoundError each."""
+    good = dict(kind="float", unet=small_unet().config, model=small_unet().state_dict())
+    path = tmp_path / "c.pt"
+    sample.save_checkpoint(path, **good)
+    whole = path.read_bytes()
+    def refused(message, error=ValueError, **kw):
+        with pytest.raises(error, match=message):
+            sample.load_model(path, **kw)
+    path.write_bytes(whole[:len(whole) // 2])
+    refused("damaged")
+    path.write_bytes(b"")
+    refused("damaged")
+    torch.save({"format": 1, "kind": "float", "model": Trap()}, path)
+    refused("nothing of it was run")
+    path.write_bytes(pickle.dumps(Trap()))
+    refused("nothing of it was run")
+    assert not (ROOT / "trap-was-run").exists()
+    torch.save({"format": sample.FORMAT + 1, **good}, path)
+    refused("update the code")
+    torch.save([1, 2], path)
+    refused("not a checkpoint of this project")
+    sample.save_checkpoint(path, **{**good, "unet": {**good["unet"], "channels": 64}})
+    refused("does not fit its own configuration")
+    sample.save_checkpoint(path, kind="judge", model={})
+    refused("'judge' checkpoint")
+    path.unlink()
+    refused("no checkpoint at", FileNotFoundError)
+
+
+def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    """A kill in the middle of writing leaves the old file as it was."""
+    sample.save_checkpoint(tmp_path / "c.pt", kind="judge", model={})
+    before = (tmp_path / "c.pt").read_bytes()
+    def half(_, file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(KeyboardInterrupt):
+        sample.save_checkpoint(tmp_path / "c.pt", kind="judge", model={1: 2})
+    assert (tmp_path / "c.pt").read_bytes() == before
+
+
+def test_noise_of_a_picture_depends_on_seed_and_index_alone():
+    few, many = sample.noise_and_labels(3, seed=5), sample.noise_and_labels(12, seed=5)
+    assert torch.equal(few[0], many[0][:3]) and not torch.equal(few[0], sample.noise_and_labels(3, seed=6)[0])
+    assert many[1].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+
+
+def test_frechet_distance_of_known_gaussians():
+    """Diagonal covariances commute: |m1 - m2|^2 + sum (a - b)^2 for standard deviations a and b; and 0 to itself."""
+    a, b, m = torch.rand(5).double() + 0.1, torch.rand(5).double() + 0.1, torch.randn(5).double()
+    turn, _ = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64))
+    A, B = turn @ torch.diag(a**2) @ turn.T, turn @ torch.diag(b**2) @ turn.T
+    assert_close(sample.frechet_distance(m, A, 0 * m, B), float((m**2).sum() + ((a - b) ** 2).sum()), rtol=1e-9, atol=1e-9)
+    assert abs(sample.frechet_distance(m, A, m, A)) < 1e-9
+
+
+def test_psnr_of_a_known_error():
+    """Off by 1 everywhere: 20 log10(255) = 48.13 dB."""
+    a = torch.full((2, 3, 4, 4), 100, dtype=torch.uint8)
+    assert abs(sample.psnr(a, a + 1) - 48.1308) < 1e-3 and sample.psnr(a, a) == 99
+
+
+def test_to_uint8():
+    assert sample.to_uint8(torch.tensor([-1.0, 0.0, 1.0, 1.2])).tolist() == [0, 128, 255, 255]
+
+
+# ---------------------------------------------------------------- the bundled files
+
+def test_the_judge_knows_real_images():
+    """On the thousand bundled training images: nearly all right, C-IS near 10, C-FID far below that of noise."""
+    import train
+    images, labels = train.load_bundled()
+    judge = sample.load_judge()
+    real = sample.score(images, labels, judge)
+    noise = sample.score(torch.randint(0, 256, images.shape, dtype=torch.uint8), labels, judge)
+    assert real["accuracy"] > 0.95 and real["c_is"] > 9 and noise["accuracy"] < 0.2 and noise["c_fid"] > 10 * real["c_fid"]
+    assert sum(p.numel() for p in judge.parameters()) <= 2_500_000
+    assert sample.read_checkpoint(ROOT / "checkpoints/judge.pt")["test_accuracy"] >= 0.94
+
+
+@needs_models
+@pytest.mark.parametrize("name", BUNDLED)
+def test_bundled_models_load_and_are_small(name):
+    model = sample.load_model(ROOT / "checkpoints" / name)
+    assert model.config["channels"] == 64
+    assert (ROOT / "checkpoints" / name).stat().st_size <= (6e6 if name.startswith("w4") else 19e6)
+
+
+@needs_models
+def test_bundled_integer_pictures():
+    """The real W4A3 model at full size: every picture the same bytes from integers as from fake quantization."""
+    model = sample.load_model(ROOT / "checkpoints/w4a3-single.pt")
+    fake, _ = sample.draw(model, 2, steps=3)
+    hqdm.set_integer(model)
+    assert torch.equal(sample.draw(model, 2, steps=3)[0], fake)
+
+
+# ---------------------------------------------------------------- the command line
+
+def run(capsys, *argv):
+    """sample.py in this process -> (exit code, what it printed on stderr)."""
+    try:
+        sample.run_cli(lambda: sample.main([str(a) for a in argv]))
+        return 0, ""
+    except SystemExit as e:
+        return e.code, capsys.readouterr().err
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    student, _, quant = quantized()
+    hqdm.freeze(student)
+    sample.save_checkpoint(tmp_path / "q.pt", kind="quantized", unet=student.config, quant=quant, model=student.state_dict())
+    return tmp_path / "q.pt"
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--class", "dragon"], "choose from airplane"), (["-n", "0"], "not a positive number"), (["-n", "-3"], "not a positive number"),
+    (["--steps", "0"], "not a positive number"), (["--steps", "1001"], "outside 1 .. 1000"), (["--out", "/no/such/folder/x.png"], "cannot write"),
+    (["--npz", "/"], "cannot write"), (["--guidance", "nan"], "guidance"), (["--device", "tpu"], "choose from cpu"), (["no-such.pt"], "no checkpoint")])
+def test_bad_input_is_one_line_and_exit_code_2(argv, message, checkpoint, capsys):
+    argv = argv if argv[0] == "no-such.pt" else [checkpoint, "--device", "cpu", "--out", checkpoint.with_name("s.png")] + argv
+    code, err = run(capsys, *argv)
+    assert code == 2 and message in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_files_that_sample_writes(checkpoint, tmp_path, capsys):
+    """PNG, npz in the layout of the public FID tools, and scores with their provenance."""
+    out, npz = tmp_path / "s.png", tmp_path / "s.npz"
+    assert run(capsys, checkpoint, "-n", 4, "--steps", 2, "--class", "cat", "--integer", "--score", "--npz", npz,
+               "--out", out, "--device", "cpu")[0] == 0
+    arrays, report = np.load(npz), json.loads((tmp_path / "s.json").read_text())
+    assert arrays["arr_0"].shape == (4, 32, 32, 3) and arrays["arr_0"].dtype == np.uint8 and arrays["arr_1"].tolist() == [3] * 4
+    assert out.read_bytes()[:4] == b"\x89PNG" and report["settings"]["seed"] == 0
+    assert report["scores"][str(checkpoint)]["psnr"] == 99 and report["hardware"] and report["date"]

@@ -1,0 +1,270 @@
+"""The data, both trainings, resuming, and bad input to train.py."""
+import copy
+import json
+import math
+import os
+import shutil
+import signal
+import tarfile
+
+import pytest
+import torch
+from conftest import ROOT, small_unet
+from torch.testing import assert_close
+
+import hqdm
+import sample
+import train
+from unet import ddim_timesteps
+
+BIN = ROOT / "checkpoints" / "cifar10-1k.bin"
+
+
+# ---------------------------------------------------------------- the data
+
+def test_bundled_images():
+    """A thousand images in the official record layout: label byte, then R, G, B planes."""
+    images, labels = train.load_bundled()
+    raw = BIN.read_bytes()
+    assert images.shape == (1000, 3, 32, 32) and images.dtype == torch.uint8 and labels.tolist()[:5] == [raw[i * 3073] for i in range(5)]
+    assert images[2, 1, 3, 4] == raw[2 * 3073 + 1 + 1024 + 3 * 32 + 4]
+    assert labels.bincount().tolist() == [int((labels == c).sum()) for c in range(10)] and labels.bincount().min() > 80
+
+
+def test_damaged_data_is_refused(tmp_path):
+    """A short file, a flipped byte, a missing file: each says what is wrong."""
+    raw, path = bytearray(BIN.read_bytes()), tmp_path / BIN.name
+    path.write_bytes(raw[:-1])
+    with pytest.raises(ValueError, match="cut short"):
+        train.read_batch(path)
+    raw[12345] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match="damaged"):
+        train.read_batch(path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="cut short"):
+        train.read_batch(path)
+    with pytest.raises(FileNotFoundError, match="data_batch_1.bin"):
+        train.load_cifar10(tmp_path)
+
+
+def make_archive(folder, monkeypatch):
+    """A tar.gz laid out like the official one, of six small files whose md5 the code is told to expect."""
+    inner = folder / "cifar-10-batches-bin"
+    inner.mkdir(parents=True)
+    for name in list(train.CIFAR10_MD5)[:6]:
+        shutil.copy(BIN, inner / name)
+        monkeypatch.setitem(train.CIFAR10_MD5, name, train.CIFAR10_MD5[BIN.name])
+    with tarfile.open(folder / "a.tar.gz", "w:gz") as tar:
+        tar.add(inner, "cifar-10-batches-bin")
+    return (folder / "a.tar.gz").as_uri()
+
+
+def test_download_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    """From any address; a cut archive or a wrong file leaves nothing behind under the final name."""
+    url = make_archive(tmp_path / "mirror", monkeypatch)
+    train.download_cifar10(tmp_path / "data", url)
+    assert len(train.load_cifar10(tmp_path / "data")[0]) == 5000 and len(train.load_cifar10(tmp_path / "data", test=True)[0]) == 1000
+    archive = tmp_path / "mirror" / "a.tar.gz"
+    archive.write_bytes(archive.read_bytes()[:100_000])
+    with pytest.raises((ValueError, OSError)):
+        train.download_cifar10(tmp_path / "cut", url)
+    assert list((tmp_path / "cut").iterdir()) == []
+    with pytest.raises(OSError, match="could not fetch"):
+        train.download_cifar10(tmp_path / "cut", (tmp_path / "nowhere.tar.gz").as_uri())
+
+
+def test_without_data_the_bundled_images_are_used_loudly(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    def offline(*_):
+        raise OSError("could not fetch: offline")
+    monkeypatch.setattr(train, "download_cifar10", offline)
+    assert len(train.find_data(None)[0]) == 1000 and "1,000 BUNDLED IMAGES" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError):                       # but a folder that was asked for must exist
+        train.find_data(str(tmp_path))
+
+
+# ---------------------------------------------------------------- batches and updates
+
+@pytest.fixture(scope="module")
+def teacher_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
+    teacher = small_unet()
+    sample.save_checkpoint(path, kind="float", unet=teacher.config, model=teacher.state_dict())
+    return path
+
+
+def test_the_pool_holds_what_the_teacher_says():
+    """Each entry: eps is the teacher's own output at its x_t, t and label; a share of the labels is "none"."""
+    teacher = small_unet()
+    pool = train.make_pool(teacher, 12, 3, seed=1, batch=5)
+    assert pool["x"].shape == (3, 12, 3, 32, 32) and pool["y"].tolist()[10] == 10
+    for x, t, y, eps in train.pool_batches(pool, 6, 2, seed=0):
+        assert_close(teacher(x, t, y), eps, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("order", ["pool", "trajectory"])
+def test_batches_after_a_resume_are_the_same(order):
+    """Starting at step 5 yields exactly what an unbroken run yields from step 5 on."""
+    teacher = small_unet()
+    pool = train.make_pool(teacher, 4, 3, seed=1)
+    def batches(first):
+        if order == "pool":
+            return list(train.pool_batches(pool, 2, 8, 0, first))
+        return list(train.trajectory_batches(teacher, 2, 8, 3, 0, first))
+    whole, rest = batches(0), batches(5)
+    assert len(whole) == 8 and len(rest) == 3
+    for a, b in zip(whole[5:], rest):
+        assert all(torch.equal(p, q) for p, q in zip(a, b))
+
+
+def test_trajectory_order_is_the_teachers_walk():
+    """The paper's order: all samples at one t, from T-1 down to 0, each x_t made from the one before."""
+    times = [int(t[0]) for _, t, _, _ in train.trajectory_batches(small_unet(), 2, 6, 3, 0)]
+    assert times == ddim_timesteps(3).tolist() * 2
+
+
+def test_decay():
+    assert train.decay(0, 100, warmup=10) == 0.1 and train.decay(10, 100, warmup=10) == 1
+    assert math.isclose(train.decay(55, 100, warmup=10), 0.5) and train.decay(50, 100, shape="linear") == 0.5
+    assert train.decay(100, 100) < 1e-9 and train.decay(100, 100, shape="linear") == 0
+
+
+def test_learning_rates_are_the_papers():
+    """LoRA mean(s_w) / 2500 a layer; d log s = ds / s turns 1e-6 and 5e-4 into steps of the logarithms."""
+    student = small_unet()
+    hqdm.quantize_unet(student, 4, 3, block=16, timesteps=[999, 0])
+    groups = hqdm.parameter_groups(student, lr=2.0)
+    first = hqdm.layers(student)[0]
+    assert math.isclose(groups[0]["base_lr"], 2 * first.log_s_w.exp().mean().item() / 2500, rel_tol=1e-5)
+    scales = torch.cat([layer.log_s_w.exp().flatten() for layer in hqdm.layers(student)])
+    assert math.isclose(groups[-2]["base_lr"], 2e-6 / scales.mean().item(), rel_tol=1e-5)
+    trained = {id(p) for g in groups for p in g["params"]}
+    assert trained == {id(p) for p in student.parameters() if p.requires_grad}
+
+
+def arguments(teacher_file, out, *more):
+    return ["--wbits", "4", "--abits", "3", "--block", "16", "--rank", "4", "--ddim-steps", "3", "--steps", "12", "--batch", "4",
+            "--lr", "20", "--device", "cpu", "--teacher", str(teacher_file), "--out", str(out), *more]
+
+
+@pytest.fixture(scope="module")
+def finished(teacher_file, tmp_path_factory):
+    """One whole quantized run of the command line."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train.main(arguments(teacher_file, out))
+    return out
+
+
+def test_training_leaves_its_files_and_helps(finished):
+    """Checkpoint, metrics with provenance, both pictures; the eps error on fresh noises fell."""
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert metrics["eps_error"] < metrics["eps_error_untrained"] and len(metrics["losses"]) == 12
+    assert metrics["settings"]["wbits"] == 4 and metrics["hardware"] and metrics["seconds"] > 0 and len(metrics["layers"]) > 20
+    assert {"model.pt", "last.pt", "metrics.json", "loss.png", "samples.png"} == {p.name for p in finished.iterdir()}
+    assert len(hqdm.layers(sample.load_model(finished / "model.pt"))) > 20
+
+
+@pytest.mark.parametrize("kind", ["pool", "teacher"])
+def test_resume_is_exact(kind, finished, teacher_file, tmp_path, monkeypatch):
+    """Killed after a save and resumed: the same losses, bit for bit, as the run that was never killed. Both trainings."""
+    if kind == "teacher":
+        monkeypatch.setattr(train, "UNet", lambda: small_unet())
+        argv = ["--steps", "8", "--batch", "4", "--device", "cpu", "--ddim-steps", "2", "--data"]
+        (tmp_path / "data").mkdir()
+        make_archive(tmp_path / "data", monkeypatch)
+        argv += [str(tmp_path / "data"), "--out"]
+        train.main(argv + [str(tmp_path / "whole")])
+        whole = tmp_path / "whole"
+    else:
+        argv, whole = arguments(teacher_file, "")[:-1], finished
+    real, count = train.update, iter(range(100))
+    def killed(*args, **kwargs):
+        if next(count) == 5:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)                # save after every step
+    monkeypatch.setattr(train, "update", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(argv + [str(tmp_path / "cut")])
+    monkeypatch.setattr(train, "update", real)
+    assert len(sample.read_checkpoint(tmp_path / "cut" / "last.pt")["losses"]) == 5
+    train.main(argv + [str(tmp_path / "cut"), "--resume"])
+    losses = [json.loads((out / "metrics.json").read_text())["losses"] for out in (whole, tmp_path / "cut")]
+    assert losses[0] == losses[1]
+    a, b = (sample.read_checkpoint(out / "model.pt")["model"] for out in (whole, tmp_path / "cut"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(teacher_file, tmp_path, monkeypatch, capsys):
+    """A loss that is not finite: exit code 2, the step named, last.pt from before it, no model.pt."""
+    real, count = train.update, iter(range(100))
+    def poisoned(optimizer, loss, params, factor):
+        return real(optimizer, loss * (math.nan if next(count) == 4 else 1), params, factor)
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(train, "update", poisoned)
+    with pytest.raises(SystemExit) as stop:
+        train.run_cli(lambda: train.main(arguments(teacher_file, tmp_path / "nan")))
+    assert stop.value.code == 2 and "not finite at step 5" in capsys.readouterr().err
+    ckpt = sample.read_checkpoint(tmp_path / "nan" / "last.pt")
+    assert len(ckpt["losses"]) == 4 and all(torch.isfinite(v).all() for v in ckpt["model"].values() if torch.is_tensor(v))
+    assert not (tmp_path / "nan" / "model.pt").exists()
+
+
+def test_teacher_learns():
+    """A few updates on the bundled images lower the loss of a small UNet."""
+    images, labels = train.load_bundled()
+    model = small_unet(3)
+    ema = torch.optim.swa_utils.AveragedModel(model)
+    optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "base_lr": 2e-3}])
+    losses = [loss.item() for loss, _ in train.teacher_updates(model, ema, optimizer, images, labels, 30, 8, seed=0)]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_eps_error_is_the_mean_squared_difference():
+    teacher = small_unet()
+    pool = train.make_pool(teacher, 3, 2, seed=0)
+    shifted = copy.deepcopy(pool)
+    shifted["eps"] += 0.5
+    assert train.eps_error(teacher, pool) < 1e-9 and abs(train.eps_error(teacher, shifted) - 0.25) < 1e-4
+
+
+# ---------------------------------------------------------------- the command line
+
+@pytest.mark.parametrize("more, message", [
+    (["--wbits", "1"], "choose 2 to 8"), (["--abits", "9"], "choose 2 to 8"), (["--block", "64"], "use block 32, 16 or 8"),
+    (["--block", "0"], "not a positive number"), (["--steps", "0"], "not a positive number"), (["--batch", "-1"], "not a positive number"),
+    (["--lr", "nan"], "not a positive number"), (["--teacher", "/no/teacher.pt"], "no teacher at"), (["--device", "tpu"], "choose from cpu"),
+    (["--ddim-steps", "1001"], "outside 1 .. 1000"), (["--rotation", "triple"], "invalid choice"), (["--out", "/proc/x"], "cannot write"),
+    (["--resume"], "nothing to resume")])
+def test_bad_input_is_one_line_and_exit_code_2(more, message, teacher_file, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.run_cli(lambda: train.main(arguments(teacher_file, tmp_path / "x", *more)))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and message in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_a_run_is_never_written_over(finished, teacher_file, capsys):
+    """--out of a finished run, and --resume with other settings: refused, and every file stays as it was."""
+    before = {p.name: p.read_bytes() for p in finished.iterdir()}
+    for more, message in (([], "already holds a run"), (["--resume", "--seed", "1"], "--seed 1 (was 0)")):
+        with pytest.raises(SystemExit) as stop:
+            train.run_cli(lambda: train.main(arguments(teacher_file, finished, *more)))
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert before == {p.name: p.read_bytes() for p in finished.iterdir()}
+
+
+def test_a_polite_kill_saves_and_the_run_goes_on(finished, teacher_file, tmp_path, monkeypatch):
+    """SIGTERM in the middle: exit code 130, the step done and saved; --resume then ends with the losses of the whole run."""
+    real, count = train.update, iter(range(100))
+    def kill(*args, **kwargs):
+        if next(count) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+    monkeypatch.setattr(train, "update", kill)
+    out = tmp_path / "killed"
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments(teacher_file, out))
+    assert stop.value.code == 130 and len(sample.read_checkpoint(out / "last.pt")["losses"]) == 4
+    train.main(arguments(teacher_file, out, "--resume"))
+    assert json.loads((out / "metrics.json").read_text())["losses"] == json.loads((finished / "metrics.json").read_text())["losses"]

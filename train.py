@@ -1,0 +1,489 @@
+"""Train the float teacher, or quantize it with HQ-DM and distil it. Without a GPU both take a short form.
+
+    python train.py                                       # the float teacher on CIFAR-10
+    python train.py --wbits 4 --abits 3                   # HQ-DM: 4-bit weights, 3-bit activations; needs no data
+    python train.py --wbits 4 --abits 3 --rotation none   # the same quantizers without the Hadamard transform
+    python train.py --wbits 4 --abits 3 --resume          # go on after a kill, with the same losses
+
+Each run leaves in runs/NAME/: model.pt (what sample.py draws from), last.pt (what --resume reads), metrics.json,
+loss.png and samples.png (the float model's row on top, from the same noise). Times and scores: README.md.
+
+Teacher: noise prediction on 50,000 images with random flips, AdamW, an exponential moving average of the weights (EMA).
+HQ-DM (arXiv 2512.05746): no images. The teacher draws from noise; the quantized student must predict the teacher's
+noise at each of its steps: loss = mean (eps_student - eps_teacher)^2. Trained are LoRA factors, the weights' scales and
+one activation scale per layer and DDIM step (see hqdm.py).
+"""
+import argparse
+import contextlib
+import copy
+import hashlib
+import json
+import math
+import os
+import signal
+import socket
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import hqdm
+from sample import (HERE, draw, load_model, noise_and_labels, pick_device, positive, provenance, read_checkpoint,
+                    run_cli, save_checkpoint, save_grids)
+from unet import UNet, ddim, ddim_timesteps, ddpm_loss
+
+# ---------------------------------------------------------------- the data: CIFAR-10's own binary files, no pickle
+
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+CIFAR10_MD5 = {         # of the extracted files, so that any mirror's archive can be checked
+    "data_batch_1.bin": "5dd7e06a14cb22eb9f671a540d1b7c25", "data_batch_2.bin": "5ea93a67294ea407fff1d09f752e9692",
+    "data_batch_3.bin": "942cd6a4bcdd0dd3c604fbe906cb4421", "data_batch_4.bin": "ae636b3ba5c66a11e91e8cb52e771fcb",
+    "data_batch_5.bin": "53f37980c15c3d472c316c40844f3f0d", "test_batch.bin": "803d5f7f4d78ea53de84dbe85f74fb6d",
+    "cifar10-1k.bin": "6672568c6f9da0ae2d58cd800deb0f83"}       # the bundled first thousand images of data_batch_1
+RECORD = 1 + 3 * 32 * 32                                        # one label byte, then 1024 R, 1024 G, 1024 B
+
+
+def read_batch(path):
+    """One binary file -> uint8 images (N, 3, 32, 32), labels (N,) int64. ValueError where the file is not the original."""
+    raw = np.fromfile(path, dtype=np.uint8)
+    if raw.size == 0 or raw.size % RECORD:
+        raise ValueError(f"{path} has {raw.size} bytes, not a multiple of {RECORD}: the file is cut short; fetch it again")
+    if hashlib.md5(raw.tobytes()).hexdigest() != CIFAR10_MD5[Path(path).name]:
+        raise ValueError(f"{path} is damaged: its md5 is not {CIFAR10_MD5[Path(path).name]}; fetch it again")
+    raw = torch.from_numpy(raw.reshape(-1, RECORD))
+    return raw[:, 1:].reshape(-1, 3, 32, 32), raw[:, 0].long()
+
+
+def load_cifar10(dir="data", test=False):
+    """The 50,000 training (or 10,000 test) images: uint8 (N, 3, 32, 32), labels (N,).
+
+    dir holds the official .bin files, or a folder cifar-10-batches-bin with them. Raises FileNotFoundError where one
+    is missing, ValueError where one is damaged.
+    """
+    folder = Path(dir) / "cifar-10-batches-bin"
+    folder = folder if folder.is_dir() else Path(dir)
+    names = [n for n in CIFAR10_MD5 if n.startswith("test_batch" if test else "data_batch")]
+    missing = [n for n in names if not (folder / n).is_file()]
+    if missing:
+        raise FileNotFoundError(f"no {missing[0]} in {folder}; --data takes the folder of {CIFAR10_URL}, or an address")
+    images, labels = zip(*(read_batch(folder / n) for n in names))
+    return torch.cat(images), torch.cat(labels)
+
+
+def load_bundled():
+    """The bundled first thousand training images, in the same format."""
+    return read_batch(HERE / "checkpoints" / "cifar10-1k.bin")
+
+
+def download_cifar10(dir="data", url=CIFAR10_URL):
+    """Fetch, check and unpack the archive; dir/cifar-10-batches-bin appears whole or not at all."""
+    dir = Path(dir)
+    dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=dir) as tmp:           # on the same disk, so that the rename below is atomic
+        tmp, old = Path(tmp), socket.getdefaulttimeout()
+        socket.setdefaulttimeout(20)                            # a dead host must not hang the run
+        try:
+            torch.hub.download_url_to_file(url, str(tmp / "archive.tar.gz"))
+        except Exception as e:          # urllib, http and socket raise unrelated types
+            raise OSError(f"could not fetch {url}: {e}") from None
+        finally:
+            socket.setdefaulttimeout(old)
+        try:
+            with tarfile.open(tmp / "archive.tar.gz") as tar:   # only the six files, by base name: no path can escape
+                for member in tar:
+                    if member.isfile() and os.path.basename(member.name) in CIFAR10_MD5:
+                        (tmp / os.path.basename(member.name)).write_bytes(tar.extractfile(member).read())
+        except (tarfile.TarError, EOFError, OSError) as e:
+            raise ValueError(f"{url} is not a whole tar archive: {e}") from None
+        (tmp / "archive.tar.gz").unlink()
+        load_cifar10(tmp), load_cifar10(tmp, test=True)         # md5 of every file
+        keep = tmp / "cifar-10-batches-bin"
+        keep.mkdir()
+        for name in list(CIFAR10_MD5)[:6]:
+            os.replace(tmp / name, keep / name)
+        os.replace(keep, dir / "cifar-10-batches-bin")
+
+
+def find_data(data=None):
+    """--data: a folder, an address to fetch, or None: data/, else the home site, else the bundled images, loudly."""
+    if data and data.startswith(("http://", "https://", "file://")):
+        download_cifar10("data", data)
+        return load_cifar10("data")
+    if data or Path("data/cifar-10-batches-bin").is_dir():
+        return load_cifar10(data or "data")
+    try:
+        download_cifar10("data")
+        return load_cifar10("data")
+    except OSError as e:
+        print(f"*** {e}\n*** TRAINING ON THE 1,000 BUNDLED IMAGES INSTEAD OF 50,000: good for a try, not for results. ***\n"
+              f"*** For the full data pass --data FOLDER, or the address of a mirror of cifar-10-binary.tar.gz. ***", flush=True)
+        return load_bundled()
+
+
+# ---------------------------------------------------------------- one loop for both trainings
+
+def seed_step(seed, step):
+    """Make all randomness of a step (batch, times, noise, dropout) a function of (seed, step): resuming needs no more."""
+    torch.manual_seed(1_000_003 * seed + step)
+
+
+def autocast(device):
+    """bf16 where the GPU computes in it; float32 elsewhere (fp16 would need loss scaling)."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.autocast("cuda", dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def decay(step, steps, warmup=0, shape="cosine"):
+    """Factor of the learning rate: linear warm-up, then cosine or linear decay to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return 0.5 * (1 + math.cos(math.pi * done)) if shape == "cosine" else 1 - done
+
+
+def update(optimizer, loss, params, factor, clip=1.0):
+    """One optimiser step at `factor` times each group's own learning rate. Returns the norm of the gradient."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(params, clip)
+    optimizer.step()
+    return norm
+
+
+SAVE_SECONDS, LOG_STEPS = 60, 50
+
+
+def run_updates(updates, losses, steps, batch, save):
+    """Consume a generator of (loss, gradient norm), one a step: print, save every minute, stop at the first NaN.
+
+    `losses` holds the losses of the steps already done and grows in place. Values stay on the device between prints,
+    because reading one makes the host wait for the GPU. Raises FloatingPointError naming the step; what was saved
+    before stays, and nothing is saved after. Ctrl-C and a polite kill finish the step, save, and exit with code 130.
+    """
+    pending, logged, saved, saved_step = [], time.time(), time.time(), len(losses)
+
+    def settle():
+        values = torch.stack([torch.stack(pair) for pair in pending]).float().tolist() if pending else []
+        for loss, norm in values:
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                kept = f"the checkpoint of step {saved_step} is kept" if saved_step else "nothing was saved yet"
+                raise FloatingPointError(f"loss or gradient is not finite at step {len(losses) + 1}; {kept}; try a lower --lr")
+            losses.append(loss)
+        pending.clear()
+
+    with stop_politely() as stop:
+        for i, (loss, norm) in enumerate(updates, start=len(losses) + 1):
+            pending.append((loss.detach(), norm.detach()))
+            due = stop or i == steps or time.time() - saved > SAVE_SECONDS
+            if i % LOG_STEPS == 0 or due:
+                count = len(pending)
+                settle()
+                rate, logged = count / (time.time() - logged), time.time()   # since the last line: no compile time in it
+                print(f"step {i}/{steps}  loss {np.mean(losses[-LOG_STEPS:]):.5f}  {rate * batch:.1f} images/s  "
+                      f"{(steps - i) / rate:.0f} s left", flush=True)
+            if due:
+                save()
+                saved, saved_step = time.time(), i
+            if stop and i < steps:
+                print(f"stopped after step {i}; go on with --resume", flush=True)
+                sys.exit(130)
+
+
+@contextlib.contextmanager
+def stop_politely():
+    """A list that Ctrl-C or a polite kill fills: looked at between steps, so that a step is never half done."""
+    stop = []
+    main_thread = threading.current_thread() is threading.main_thread()      # elsewhere Python refuses to set handlers
+    old = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)} if main_thread else {}
+    try:
+        yield stop
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)
+
+
+# ---------------------------------------------------------------- the float teacher
+
+def teacher_updates(model, ema, optimizer, images, labels, steps, batch, seed, first=0):
+    """Train `model` in place: a generator that yields (loss, gradient norm) after each of the steps first .. steps-1.
+
+    images uint8 (N, 3, 32, 32), labels (N,), both on the model's device.
+    """
+    device = images.device
+    # torch.compile pays back its minute of compiling only in a long run, and only where its GPU compiler exists.
+    net = torch.compile(model) if device.type == "cuda" and steps - first > 2000 and has_triton() else model
+    params = list(model.parameters())
+    model.train()
+    for step in range(first, steps):
+        seed_step(seed, step)
+        pick = torch.randint(len(images), (batch,), device=device)
+        x_0 = images[pick].float() / 127.5 - 1
+        x_0 = torch.where(torch.rand(batch, 1, 1, 1, device=device) < 0.5, x_0, x_0.flip(3))      # mirror half of them
+        x_0 = x_0.contiguous(memory_format=torch.channels_last)
+        with autocast(device):
+            loss = ddpm_loss(net, x_0, labels[pick], model.classes)
+        norm = update(optimizer, loss, params, decay(step, steps, warmup=min(500, steps // 10)))
+        ema.update_parameters(model)
+        yield loss, norm
+
+
+def has_triton():
+    """Whether torch.compile can make GPU code here."""
+    try:
+        import triton  # noqa: F401
+        return True
+    except ImportError:
+        return False
+
+
+def train_teacher(args, device, out):
+    """`python train.py`: the float model, its EMA weights saved in half precision."""
+    images, labels = (t.to(device) for t in find_data(args.data))
+    torch.manual_seed(args.seed)
+    model = UNet().to(device, memory_format=torch.channels_last)
+    # The average looks back over the last tenth of the run, whatever its length: 0.9999 at 100,000 steps.
+    ema = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(max(0.5, 1 - 10 / args.steps)))
+    optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "base_lr": args.lr}], lr=args.lr,
+                                  weight_decay=0.0, fused=device.type == "cuda")
+    print(f"float teacher: {sum(p.numel() for p in model.parameters()):,} parameters, {len(images):,} images, "
+          f"EMA {max(0.5, 1 - 10 / args.steps):.5f}", flush=True)
+    parts = {"model": model, "ema": ema, "optimizer": optimizer}
+    losses, before = restore(args, out, parts), time.time()
+    updates = teacher_updates(model, ema, optimizer, images, labels, args.steps, args.batch, args.seed, len(losses))
+    run_updates(updates, losses, args.steps, args.batch, lambda: store(args, out, parts, losses))
+    seconds = time.time() - before
+
+    final = ema.module.eval()
+    save_checkpoint(out / "model.pt", kind="float", unet=final.config,
+                    model={k: v.half().cpu() if v.is_floating_point() else v.cpu() for k, v in final.state_dict().items()})
+    finish(args, device, out, losses, seconds, {"float": load_model(out / "model.pt", device)},
+           {"images": len(images), "bytes": os.path.getsize(out / "model.pt"), "parameters": sum(p.numel() for p in final.parameters())})
+
+
+# ---------------------------------------------------------------- quantize and distil
+
+def make_pool(teacher, n, ddim_steps, seed, batch=250):
+    """The teacher's trajectories from n noises: dict of x, eps (S, n, 3, 32, 32), t (S,), y (n,), on its device.
+
+    A tenth of the labels are "none", as in the teacher's own training, so that guidance works on the student too.
+    """
+    device = next(teacher.parameters()).device
+    noise, y = noise_and_labels(n, seed, teacher.classes)
+    y = torch.where(torch.arange(n) % (teacher.classes + 1) == teacher.classes, teacher.classes, y).to(device)
+    parts = []
+    for x, labels in zip(noise.split(batch), y.split(batch)):
+        x = x.to(device, memory_format=torch.channels_last)
+        t, xs, epss = zip(*((t, x_t, eps) for t, x_t, eps, _ in ddim(teacher, x, labels, ddim_steps)))
+        parts.append((torch.stack(xs), torch.stack(epss)))
+    x, eps = (torch.cat(p, dim=1) for p in zip(*parts))
+    return {"x": x, "eps": eps, "t": torch.tensor(t, device=device), "y": y}
+
+
+def pool_batches(pool, batch, steps, seed, first=0):
+    """Random batches (x_t, t, y, eps) that mix all DDIM steps and images of the pool: our default order."""
+    S, n = pool["x"].shape[:2]
+    for step in range(first, steps):
+        seed_step(seed, step)
+        s, i = torch.randint(S, (batch,), device=pool["x"].device), torch.randint(n, (batch,), device=pool["x"].device)
+        yield pool["x"][s, i], pool["t"][s], pool["y"][i], pool["eps"][s, i]
+
+
+def trajectory_batches(teacher, batch, steps, ddim_steps, seed, first=0):
+    """Batches in the paper's order: new noise, then the teacher's walk from t = T-1 to 0, all samples at one t."""
+    device = next(teacher.parameters()).device
+    for walk in range(first // ddim_steps, math.ceil(steps / ddim_steps)):
+        seed_step(seed, walk)
+        x = torch.randn(batch, 3, 32, 32).to(device, memory_format=torch.channels_last)
+        y = torch.randint(teacher.classes + 1, (batch,)).to(device)
+        for i, (t, x_t, eps, _) in enumerate(ddim(teacher, x, y, ddim_steps), start=walk * ddim_steps):
+            if first <= i < steps:                  # after a resume the walk is repeated up to where the kill came
+                yield x_t, torch.full((batch,), t, device=device), y, eps
+
+
+def distil_updates(student, optimizer, batches, steps, first=0):
+    """Train the quantized student in place: yields (loss, gradient norm) a step. loss = mean (eps_s - eps_t)^2."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for step, (x, t, y, eps) in enumerate(batches, start=first):
+        loss = F.mse_loss(student(x.contiguous(memory_format=torch.channels_last), t, y), eps)
+        yield loss, update(optimizer, loss, params, decay(step, steps, shape="linear"))
+
+
+@torch.no_grad()
+def eps_error(student, pool, batch=250):
+    """Mean (eps_student - eps_teacher)^2 over a pool: the printed measure of a student, on noises it never saw."""
+    total = 0.0
+    for s in range(len(pool["t"])):
+        for x, y, eps in zip(pool["x"][s].split(batch), pool["y"].split(batch), pool["eps"][s].split(batch)):
+            x = x.contiguous(memory_format=torch.channels_last)
+            total += F.mse_loss(student(x, pool["t"][s].expand(len(x)), y), eps, reduction="sum").item()
+    return total / pool["eps"].numel()
+
+
+def train_quantized(args, device, out):
+    """`python train.py --wbits W --abits A`: quantize the teacher, calibrate, distil, fold, pack."""
+    if not args.resume and not Path(args.teacher).is_file():
+        raise FileNotFoundError(f"no teacher at {args.teacher}; train one with: python train.py")
+    teacher = load_model(args.teacher, device).requires_grad_(False)
+    short = device.type == "cpu"
+    student = copy.deepcopy(teacher)
+    began = time.time()
+    torch.manual_seed(args.seed)                    # LoRA's A is drawn at random
+    quant = dict(wbits=args.wbits, abits=args.abits, rotation=args.rotation, block=args.block,
+                 timesteps=ddim_timesteps(args.ddim_steps).tolist(), rank=args.rank)
+    rows = hqdm.quantize_unet(student, **quant)
+    print(hqdm.format_report(rows), flush=True)
+
+    print(f"drawing the teacher's trajectories ({time.time() - began:.0f} s)", flush=True)
+    test = make_pool(teacher, 8 if short else 64, args.ddim_steps, seed=args.seed + 2_000_000)
+    calib = make_pool(teacher, 8 if short else 32, args.ddim_steps, seed=args.seed + 1_000_000)
+    hqdm.calibrate(student, teacher, ((calib["x"][s], calib["t"][s].expand(len(calib["y"])), calib["y"])
+                                      for s in range(args.ddim_steps)))
+    before = eps_error(student, test)
+    print(f"calibrated ({time.time() - began:.0f} s); eps error without training {before:.5f}", flush=True)
+
+    optimizer = torch.optim.AdamW(hqdm.parameter_groups(student, args.lr), weight_decay=0.0, fused=device.type == "cuda")
+    parts = {"model": student, "optimizer": optimizer}
+    losses = restore(args, out, parts)
+    if args.order == "pool":
+        pool = make_pool(teacher, 16 if short else 1024, args.ddim_steps, seed=args.seed + 3_000_000)
+        batches = pool_batches(pool, args.batch, args.steps, args.seed, first=len(losses))
+    else:
+        batches = trajectory_batches(teacher, args.batch, args.steps, args.ddim_steps, args.seed, first=len(losses))
+    print(f"training ({time.time() - began:.0f} s)", flush=True)
+    updates = distil_updates(student, optimizer, batches, args.steps, first=len(losses))
+    run_updates(updates, losses, args.steps, args.batch, lambda: store(args, out, parts, losses))
+
+    hqdm.freeze(student)                            # fold LoRA in, round for good, pack two 4-bit weights a byte
+    after = eps_error(student, test)
+    print(f"eps error without training {before:.5f}, trained {after:.5f} ({before / after:.1f} times smaller)", flush=True)
+    state = {k: v.cpu() for k, v in student.state_dict().items()}
+    save_checkpoint(out / "model.pt", kind="quantized", unet=student.config, quant=quant, model=state)
+    finish(args, device, out, losses, time.time() - began,
+           {"float": teacher, out.name: load_model(out / "model.pt", device)},
+           {"eps_error_untrained": before, "eps_error": after, "layers": rows,
+            "bytes": os.path.getsize(out / "model.pt")})
+
+
+# ---------------------------------------------------------------- what a run leaves behind
+
+def settings(args):
+    """What must be equal for a run to be resumed."""
+    return {k: v for k, v in vars(args).items() if k not in ("resume", "out", "device", "data")}
+
+
+def store(args, out, parts, losses):
+    """runs/NAME/last.pt: everything that --resume needs."""
+    save_checkpoint(out / "last.pt", kind="training", settings=settings(args), losses=list(losses),
+                    **{name: part.state_dict() for name, part in parts.items()})
+
+
+def restore(args, out, parts):
+    """Fill the parts from last.pt where --resume was given; return the losses so far (an empty list for a new run)."""
+    if not args.resume:
+        return []
+    ckpt = read_checkpoint(out / "last.pt", kind=("training",))
+    wrong = [f"--{k.replace('_', '-')} {v} (was {ckpt['settings'].get(k)})"
+             for k, v in settings(args).items() if ckpt["settings"].get(k) != v]
+    if wrong:
+        raise ValueError(f"{out / 'last.pt'} was made with other settings: {', '.join(wrong)}")
+    for name, part in parts.items():
+        part.load_state_dict(ckpt[name])
+    print(f"resumed {out / 'last.pt'} at step {len(ckpt['losses'])}", flush=True)
+    return ckpt["losses"]
+
+
+def finish(args, device, out, losses, seconds, models, more):
+    """metrics.json, loss.png, samples.png."""
+    save_grids(out / "samples.png", {name: draw(model, 16, args.ddim_steps, seed=args.seed)[0] for name, model in models.items()})
+    metrics = {**provenance(args, device, seconds), **more, "losses": losses}
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    window = max(1, len(losses) // 50)
+    ax.semilogy(losses, color="0.8", linewidth=0.8, label="each step")
+    ax.semilogy(np.arange(window - 1, len(losses)), np.convolve(losses, np.ones(window) / window, "valid"),
+                label=f"mean of {window} steps")
+    ax.set(xlabel="step", ylabel="mean squared error of the noise", title=out.name)
+    ax.legend()
+    fig.savefig(out / "loss.png", dpi=100)
+    plt.close(fig)
+    print(f"wrote {out}/model.pt ({os.path.getsize(out / 'model.pt') / 1e6:.2f} MB), metrics.json, loss.png, samples.png; "
+          f"{seconds:.0f} s", flush=True)
+
+
+def open_out(args, name):
+    """The run's folder. A folder that holds a run is never written over: without --out a new name, with --out an error."""
+    out = Path(args.out or Path("runs") / name)
+    if args.resume:
+        if not (out / "last.pt").is_file():
+            raise FileNotFoundError(f"nothing to resume in {out}: it has no last.pt")
+        return out
+    if any((out / f).exists() for f in ("last.pt", "model.pt")):
+        if args.out:
+            raise ValueError(f"{out} already holds a run: go on with --resume, or choose another --out")
+        out = next(p for i in range(2, 10_000) if not (p := out.with_name(f"{out.name}-{i}")).exists())
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".write").touch()
+        (out / ".write").unlink()
+    except OSError as e:
+        raise ValueError(f"cannot write to {out}: {e.strerror}") from None
+    return out
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    method = parser.add_argument_group("method (both bits 32: train the float teacher)")
+    method.add_argument("--wbits", type=int, default=32, help="bits of the weights, 2..8 or 32 (32)")
+    method.add_argument("--abits", type=int, default=32, help="bits of the activations, 2..8 or 32 (32)")
+    method.add_argument("--rotation", default="single", choices=hqdm.ROTATIONS, help="the Hadamard transform (single)")
+    method.add_argument("--block", type=positive, default=32, help="channels that one transform mixes, a power of two (32)")
+    method.add_argument("--rank", type=positive, default=32, help="of the LoRA factors (32)")
+    method.add_argument("--order", default="pool", choices=("pool", "trajectory"), help="of the training steps (pool)")
+    method.add_argument("--ddim-steps", type=positive, help="steps of the sampler, one activation scale each (50; cpu 10)")
+    training = parser.add_argument_group("training")
+    training.add_argument("--steps", type=positive, help="updates (defaults depend on the device and are printed)")
+    training.add_argument("--batch", type=positive, help="images an update")
+    training.add_argument("--lr", type=float, help="teacher: the learning rate; HQ-DM: a factor of the paper's three rates (16)")
+    training.add_argument("--seed", type=int, default=0)
+    files = parser.add_argument_group("files and device")
+    files.add_argument("--teacher", default=str(HERE / "checkpoints" / "teacher.pt"), help="float checkpoint to quantize")
+    files.add_argument("--data", help="folder with CIFAR-10's .bin files, or the address of their archive (data)")
+    files.add_argument("--out", help="folder of the run (runs/NAME)")
+    files.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    files.add_argument("--device", help="cpu, cuda or mps (the fastest one here)")
+    args = parser.parse_args(argv)
+
+    for name, bits in (("wbits", args.wbits), ("abits", args.abits)):
+        if bits != 32 and not 2 <= bits <= 8:
+            raise ValueError(f"--{name} {bits} is not possible; choose 2 to 8, or 32 for float")
+    if args.lr is not None and not (math.isfinite(args.lr) and args.lr > 0):
+        raise ValueError(f"--lr {args.lr} is not a positive number")
+    device = pick_device(args.device)
+    quantized = (args.wbits, args.abits) != (32, 32)
+    full = device.type != "cpu"
+    defaults = (dict(ddim_steps=50 if full else 10, steps=1000 if full else 150, batch=128 if full else 4, lr=16.0) if quantized
+                else dict(ddim_steps=50, steps=11_000 if full else 100, batch=512 if full else 8, lr=8e-4))
+    for key, value in defaults.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    out = open_out(args, f"w{args.wbits}a{args.abits}-{args.rotation}" if quantized else "teacher")
+    print(f"device {device}; {'full' if full else 'short (no GPU)'} run: --steps {args.steps} --batch {args.batch} "
+          f"--lr {args.lr:g} --ddim-steps {args.ddim_steps}; into {out}", flush=True)
+    (train_quantized if quantized else train_teacher)(args, device, out)
+
+
+if __name__ == "__main__":
+    run_cli(main)
