@@ -1,0 +1,90 @@
+"""What the README and the docstrings say is so: snippets run, numbers come from JSON, names exist."""
+import ast
+import doctest
+import importlib
+import json
+import re
+import sys
+
+import pytest
+from conftest import ROOT, needs_models
+
+import hqdm
+
+sys.path.insert(0, str(ROOT / "experiments"))
+README = (ROOT / "README.md").read_text()
+MODULES = ["hqdm", "unet", "sample", "train"]
+
+
+def test_doctests():
+    """The method by hand in four numbers: squared error 3.00 without H, 0.25 with it."""
+    result = doctest.testmod(hqdm)
+    assert result.attempted >= 6 and result.failed == 0
+
+
+@needs_models
+@pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", README, re.S))
+def test_readme_snippets_run(snippet, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    exec(compile(snippet, "README.md", "exec"), {})
+
+
+@needs_models
+def test_readme_is_short_and_its_files_exist():
+    assert len(README.splitlines()) < 150
+    for name in re.findall(r"`((?:[\w-]+/)*[\w-]+\.(?:py|ipynb|png|bin|pt|txt))`", README) + re.findall(r"\]\((experiments/[^)]+)\)", README):
+        assert (ROOT / name).exists() or name == "samples.png", name
+
+
+@needs_models
+def test_readme_table_is_made_from_json():
+    """Not one number of the results table is typed by hand: it is exactly what experiments/table.py prints."""
+    table = importlib.import_module("table")
+    assert table.table() == README.partition(table.START)[2].partition(table.END)[0]
+
+
+@needs_models
+def test_results_behind_the_readme():
+    """The paper's claim, in the scores that the README shows: single beats none and double, and stays near the float model."""
+    report = json.loads((ROOT / "experiments/scores.json").read_text())
+    table = importlib.import_module("table")
+    score = {table.name_of(path): s for path, s in report["scores"].items()}
+    single = score["w4a3-single"]
+    for other in ("w4a3-none", "w4a3-double"):
+        assert single["c_is"] > score[other]["c_is"] and single["c_fid"] < score[other]["c_fid"]
+    assert single["c_is"] >= 0.92 * score["teacher"]["c_is"] and score["w4a4-single"]["c_is"] >= 0.95 * score["teacher"]["c_is"]
+    assert all(s["n"] >= 5000 for s in score.values()) and report["hardware"] and report["date"] and report["command"]
+
+
+def test_legend_names_exist():
+    """Every code name of the legend of hqdm.py is a name in the code, with the shape that the legend gives."""
+    legend = hqdm.__doc__.partition("symbol    in the code")[2]
+    import torch
+    layer = hqdm.HQConv2d(torch.nn.Conv2d(64, 16, 3), clock=hqdm.Clock([9, 5, 0]), rank=8)
+    plain = hqdm.HQConv2d(torch.nn.Conv2d(64, 16, 3), rotation="none", clock=hqdm.Clock([9, 5, 0]))
+    shapes = {"log_s_x": (3,), "log_s_w": (16, 1), "z_w": (16, 1), "lora_A": (8, 64, 3, 3), "lora_B": (16, 8)}
+    for name, shape in shapes.items():
+        assert name in legend and tuple(getattr(layer, name).shape) == shape
+    assert "z_x" in legend and tuple(plain.z_x.shape) == (3,) and not hasattr(layer, "z_x")
+    for name in ("hadamard", "walsh", "block", "clock.step", "q_w", "q_x"):
+        assert name in legend
+    layer.freeze()
+    assert layer.q_w.dtype == torch.uint8 and len(layer.q_w) == 16 * 64 * 9 // 2
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_import_only_what_they_may(module):
+    """numpy, torch, einops, matplotlib, the standard library, and the modules before this one."""
+    tree = ast.parse((ROOT / f"{module}.py").read_text())
+    names = {a.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+    names |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    allowed = {"numpy", "torch", "einops"} | ({"matplotlib", "triton"} if module in ("sample", "train") else set())
+    assert names - set(sys.stdlib_module_names) <= allowed | set(MODULES[:MODULES.index(module)]) - ({"hqdm"} if module == "unet" else set())
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_public_functions_are_documented(module):
+    tree = ast.parse((ROOT / f"{module}.py").read_text())
+    bare = [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+            and not node.name.startswith("_") and not ast.get_docstring(node) and node.name != "main"]
+    assert bare == []
