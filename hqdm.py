@@ -5,7 +5,8 @@ arXiv 2512.05746. Needs torch, numpy and einops; knows nothing of our UNet but t
 
 The trouble: a few activation channels are far larger than the rest (outliers). A 3-bit grid wide enough for them has no
 levels left for the others. The cure: spread each pixel's channel vector with a Hadamard transform H before rounding, and
-undo the transform after it (H H = I). Weights have no such outliers, so they are NOT rotated:
+undo the transform after it (H H = I). The weights are left as they are ("single"). Rotating them too ("double") spares
+the way back, but mixes weights that were well spread before; how much that costs here is in notebooks/outliers.ipynb:
 
     x_h   = H x                                                 H: orthonormal, symmetric, blocks of k = 32 channels
     q_x   = clamp(round(x_h / s_x(t)), -q_max, q_max)           q_max = 2^(b-1) - 1: 7 at 4 bits, 3 at 3 bits
@@ -645,25 +646,31 @@ def calibrate(student, teacher, batches):
             hook.remove()
 
 
-def parameter_groups(model, lr=1.0):
-    """What is trained, as optimiser groups with their own base_lr: `lr` times the paper's three rates.
+# Learning rates: of LoRA in units of the layer's mean s_w, of s_w, of s_x. The paper trains 160 walks of 100 updates at
+# batch 2 with 1/2500, 1e-6 and 5e-4. Our runs have a tenth of the updates and larger batches, and want larger steps:
+# experiments/rates.py compares.
+RATES = {"lora": 1 / 25, "s_w": 1e-4, "s_x": 8e-3}
 
-    The paper's rates: LoRA mean(s_w) / 2500 layer by layer, s_w 1e-6, s_x 5e-4. Ours are scales' logarithms, and
-    d log s = ds / s: the same relative step, taken at the mean scale of the network.
+
+def parameter_groups(model, lr=1.0):
+    """What is trained, as optimiser groups that each carry a base_lr: `lr` times RATES.
+
+    The scales are trained as logarithms, and d log s = ds / s: their rates are divided by the network's mean scale.
     """
     found = layers(model)
-    s_w = [p for layer in found if hasattr(layer, "log_s_w") for p in (layer.log_s_w,)]
-    s_x = [p for layer in found if hasattr(layer, "log_s_x") for p in (layer.log_s_x,)]
-    z_x = [layer.z_x for layer in found if hasattr(layer, "z_x")]
+    s_w, s_x, z_x = ([getattr(layer, name) for layer in found if hasattr(layer, name)] for name in ("log_s_w", "log_s_x", "z_x"))
 
     def mean_scale(logs):
-        return float(torch.cat([p.detach().exp().flatten() for p in logs]).mean())
-    groups = [{"params": [layer.lora_A, layer.lora_B],
-               "base_lr": lr * (mean_scale([layer.log_s_w]) if hasattr(layer, "log_s_w") else 0.01) / 2500} for layer in found]
+        return torch.cat([p.detach().exp().flatten() for p in logs]).mean().item()
+
+    groups = []
+    for layer in found:                              # a float weight (W32) has no scale: its mean size stands in
+        unit = mean_scale([layer.log_s_w]) if hasattr(layer, "log_s_w") else layer.weight.abs().mean().item()
+        groups.append({"params": [layer.lora_A, layer.lora_B], "base_lr": lr * RATES["lora"] * unit})
     if s_w:
-        groups.append({"params": s_w, "base_lr": lr * 1e-6 / mean_scale(s_w)})
+        groups.append({"params": s_w, "base_lr": lr * RATES["s_w"] / mean_scale(s_w)})
     if s_x:
-        groups.append({"params": s_x + z_x, "base_lr": lr * 5e-4 / mean_scale(s_x)})
+        groups.append({"params": s_x + z_x, "base_lr": lr * RATES["s_x"] / mean_scale(s_x)})
     return groups
 
 

@@ -456,7 +456,7 @@ def main(argv=None):
     training = parser.add_argument_group("training")
     training.add_argument("--steps", type=positive, help="updates (defaults depend on the device and are printed)")
     training.add_argument("--batch", type=positive, help="images an update")
-    training.add_argument("--lr", type=float, help="teacher: the learning rate; HQ-DM: a factor of the paper's three rates (16)")
+    training.add_argument("--lr", type=float, help="teacher: the learning rate; HQ-DM: a factor of its three rates (1)")
     training.add_argument("--seed", type=int, default=0)
     files = parser.add_argument_group("files and device")
     files.add_argument("--teacher", default=str(HERE / "checkpoints" / "teacher.pt"), help="float checkpoint to quantize")
@@ -474,7 +474,7 @@ def main(argv=None):
     device = pick_device(args.device)
     quantized = (args.wbits, args.abits) != (32, 32)
     full = device.type != "cpu"
-    defaults = (dict(ddim_steps=50 if full else 10, steps=1000 if full else 150, batch=128 if full else 4, lr=16.0) if quantized
+    defaults = (dict(ddim_steps=50 if full else 10, steps=1000 if full else 150, batch=128 if full else 4, lr=1.0) if quantized
                 else dict(ddim_steps=50, steps=11_000 if full else 100, batch=512 if full else 8, lr=8e-4))
     for key, value in defaults.items():
         if getattr(args, key) is None:

@@ -85,12 +85,28 @@ def test_worst_case_is_exact(rotation, wbits, abits):
     torch.manual_seed(0)
     q_w = torch.randint(-layer.q_w_max, layer.q_w_max + 1, layer.shape)
     q_w[0] = layer.q_w_max                                       # one channel with every weight at the end of its range
+    q_w[1] = torch.randint(layer.q_w_max // 2, layer.q_w_max + 1, layer.shape[1:])      # one with large odd and even weights
     q_w = (hqdm.walsh(q_w, 1, 32) if rotation == "single" else q_w).float()
-    q_x = torch.where(torch.randn(2, 256, 4, 4) > 0, layer.q_x_max, -layer.q_x_max).float()
+    q_x = torch.where(torch.randn(3, 256, 4, 4) > 0, layer.q_x_max, -layer.q_x_max).float()
     q_x[0] = layer.q_x_max
+    q_x[1] = torch.randint(layer.q_x_max // 2, layer.q_x_max + 1, q_x.shape[1:])
     oracle = conv_int64(q_x, q_w, 1, 1)
     assert torch.equal(layer.accumulator(q_x, q_w), oracle.float())
     assert oracle.abs().max() <= layer.bound
+    # The case is hard enough: above 2^24 a plain float32 convolution is wrong, which is why accumulator cuts into digits.
+    assert oracle.abs().max() < 2**24 or not torch.equal(layer.multiply(q_x, q_w), oracle.float())
+
+
+def test_views_multiply_what_they_say(monkeypatch):
+    """View A multiplies R q_x with q_w - z, view B q_x with (q_w - z) R: seen at the integer product itself."""
+    layer = hqdm.HQConv2d(nn.Conv2d(64, 8, 3, padding=1), 4, 4)
+    layer.fit_input(x := torch.randn(2, 64, 4, 4))
+    q_x, q_w, seen = layer.quantize_input(x)[0].detach(), layer.quantize_weight()[0].detach(), []
+    monkeypatch.setattr(hqdm.HQConv2d, "multiply_int", lambda self, a, b, route: seen.append((a, b)))
+    for view in "AB":
+        layer.integer_accumulator(q_x, view)
+    assert torch.equal(seen[0][0].float(), hqdm.walsh(q_x)) and torch.equal(seen[0][1].float(), q_w)
+    assert torch.equal(seen[1][0].float(), q_x) and torch.equal(seen[1][1].float(), hqdm.walsh(q_w))
 
 
 @pytest.mark.parametrize("block", [1, 32])

@@ -1,6 +1,7 @@
 """Whole networks: integer pictures, checkpoints, scores, and bad input to sample.py."""
 import copy
 import json
+import math
 import pickle
 
 import numpy as np
@@ -91,6 +92,18 @@ def test_checkpoint_round_trip(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["m.pt"]      # no temporary file left
 
 
+def test_loading_other_weights_forgets_the_old_ones():
+    """A frozen network that was already used and then gets other integers computes with those, not with what it kept."""
+    (one, _, _), (two, _, _) = quantized(), quantized()
+    for layer in hqdm.layers(two):
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    hqdm.freeze(one), hqdm.freeze(two)
+    x, t = torch.randn(1, 3, 32, 32), torch.tensor([999])
+    assert not torch.equal(one(x, t), two(x, t))
+    one.load_state_dict(two.state_dict())
+    assert torch.equal(one(x, t), two(x, t))
+
+
 class Trap:
     def __reduce__(self):
         return (open, (str(ROOT / "trap-was-run"), "w"))
@@ -111,7 +124,7 @@ def test_bad_checkpoints_are_refused_and_not_run(tmp_path):
     refused("damaged")
     torch.save({"format": 1, "kind": "float", "model": Trap()}, path)
     refused("nothing of it was run")
-    path.write_bytes(pickle.dumps(Trap()))
+    path.write_bytes(pickle.dumps(Trap(), protocol=2))
     refused("nothing of it was run")
     assert not (ROOT / "trap-was-run").exists()
     torch.save({"format": sample.FORMAT + 1, **good}, path)
@@ -152,6 +165,25 @@ def test_frechet_distance_of_known_gaussians():
     A, B = turn @ torch.diag(a**2) @ turn.T, turn @ torch.diag(b**2) @ turn.T
     assert_close(sample.frechet_distance(m, A, 0 * m, B), float((m**2).sum() + ((a - b) ** 2).sum()), rtol=1e-9, atol=1e-9)
     assert abs(sample.frechet_distance(m, A, m, A)) < 1e-9
+
+
+class Stub(sample.Judge):
+    """A judge that answers with given probabilities."""
+
+    def forward(self, images):
+        return self.p[:len(images)].log(), torch.randn(len(images), 256)
+
+
+@pytest.mark.parametrize("p, expected", [
+    (torch.eye(10, dtype=torch.float64).clamp(min=1e-9)[torch.arange(20) % 2], 2.0),        # sure, and two classes: 2
+    (torch.full((20, 10), 0.1, dtype=torch.float64), 1.0),                                  # never sure: 1
+    (torch.tensor([[0.75, 0.25], [0.25, 0.75]] * 10, dtype=torch.float64), 2 * (0.75**0.75 * 0.25**0.25))])
+def test_inception_score_by_hand(p, expected):
+    """exp of the mean KL(p(y|x) || p(y)): 2 for two classes told apart surely, exp(ln 2 - entropy) in between."""
+    judge = Stub()
+    judge.p, judge.cov = p, torch.eye(256)
+    scores = sample.score(torch.zeros(20, 3, 32, 32, dtype=torch.uint8), p.argmax(1), judge)
+    assert math.isclose(scores["c_is"], expected, rel_tol=1e-5) and scores["accuracy"] == 1
 
 
 def test_psnr_of_a_known_error():

@@ -130,22 +130,22 @@ def test_decay():
     assert train.decay(100, 100) < 1e-9 and train.decay(100, 100, shape="linear") == 0
 
 
-def test_learning_rates_are_the_papers():
-    """LoRA mean(s_w) / 2500 a layer; d log s = ds / s turns 1e-6 and 5e-4 into steps of the logarithms."""
+def test_learning_rates():
+    """LoRA in units of each layer's mean s_w; d log s = ds / s turns rates of scales into steps of their logarithms."""
     student = small_unet()
     hqdm.quantize_unet(student, 4, 3, block=16, timesteps=[999, 0])
     groups = hqdm.parameter_groups(student, lr=2.0)
     first = hqdm.layers(student)[0]
-    assert math.isclose(groups[0]["base_lr"], 2 * first.log_s_w.exp().mean().item() / 2500, rel_tol=1e-5)
+    assert math.isclose(groups[0]["base_lr"], 2 * hqdm.RATES["lora"] * first.log_s_w.exp().mean().item(), rel_tol=1e-5)
     scales = torch.cat([layer.log_s_w.exp().flatten() for layer in hqdm.layers(student)])
-    assert math.isclose(groups[-2]["base_lr"], 2e-6 / scales.mean().item(), rel_tol=1e-5)
+    assert math.isclose(groups[-2]["base_lr"], 2 * hqdm.RATES["s_w"] / scales.mean().item(), rel_tol=1e-5)
     trained = {id(p) for g in groups for p in g["params"]}
     assert trained == {id(p) for p in student.parameters() if p.requires_grad}
 
 
 def arguments(teacher_file, out, *more):
     return ["--wbits", "4", "--abits", "3", "--block", "16", "--rank", "4", "--ddim-steps", "3", "--steps", "12", "--batch", "4",
-            "--lr", "20", "--device", "cpu", "--teacher", str(teacher_file), "--out", str(out), *more]
+            "--device", "cpu", "--teacher", str(teacher_file), "--out", str(out), *more]
 
 
 @pytest.fixture(scope="module")

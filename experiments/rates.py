@@ -1,0 +1,59 @@
+"""Compare learning rates of the quantized training: short W4A3 runs from one start, on the same batches.
+
+    python experiments/rates.py      # CPU, 2 cores: about 10 minutes; writes experiments/rates.json
+
+Each row multiplies hqdm.RATES (LoRA, s_w, s_x) by three factors and reports the eps error on unseen noises. The paper's
+own rates are the row (0.01, 0.01, 1/16). One seed and 100 updates a row: differences under 2 % mean nothing.
+"""
+import argparse
+import copy
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import hqdm  # noqa: E402
+from sample import load_model, pick_device, positive, provenance, run_cli  # noqa: E402
+from train import HERE, distil_updates, eps_error, make_pool, pool_batches  # noqa: E402
+from unet import ddim_timesteps  # noqa: E402
+
+FACTORS = [(0.01, 0.01, 1 / 16), (0.1, 0.1, 1), (1, 1, 1), (1, 1, 4), (1, 1, 0.25), (4, 1, 1), (1, 10, 1)]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=positive, default=100)
+    parser.add_argument("--batch", type=positive, default=8)
+    parser.add_argument("--ddim-steps", type=positive, default=10)
+    parser.add_argument("--device")
+    args = parser.parse_args()
+    device, start = pick_device(args.device), time.time()
+    teacher = load_model(HERE / "checkpoints" / "teacher.pt", device).requires_grad_(False)
+    torch.manual_seed(0)
+    untrained = copy.deepcopy(teacher)
+    hqdm.quantize_unet(untrained, 4, 3, timesteps=ddim_timesteps(args.ddim_steps).tolist())
+    calib, pool, test = (make_pool(teacher, n, args.ddim_steps, seed) for n, seed in ((8, 1), (64, 2), (16, 3)))
+    hqdm.calibrate(untrained, teacher, ((x, t.expand(len(x)), calib["y"]) for x, t in zip(calib["x"], calib["t"])))
+    rows = [{"factors": "no training", "eps_error": eps_error(untrained, test)}]
+    print(rows[0], flush=True)
+    for factors in FACTORS:
+        student = copy.deepcopy(untrained)
+        groups = hqdm.parameter_groups(student)
+        kind = dict(zip(hqdm.RATES, factors))
+        for group in groups:
+            name = next(n for n, p in student.named_parameters() if p is group["params"][0]).rpartition(".")[2]
+            group["base_lr"] *= kind["lora" if name == "lora_A" else name.removeprefix("log_")]
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        for _ in distil_updates(student, optimizer, pool_batches(pool, args.batch, args.steps, seed=0), args.steps):
+            pass
+        rows.append({"factors": kind, "eps_error": eps_error(student, test)})
+        print(rows[-1], flush=True)
+    report = {"rates": hqdm.RATES, "rows": rows, **provenance(args, device, time.time() - start)}
+    (Path(__file__).parent / "rates.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_cli(main)
