@@ -444,6 +444,8 @@ class HQLayer(nn.Module):
 
         A float32 sum is exact while every partial sum is below 2^24 and every operand below 2^11 (so that TF32 units
         may multiply). Else the weights are cut into digits of m bits; each digit's sum is exact, and int32 adds them.
+        A doubt: on a GPU without TF32, cuDNN may take a Winograd kernel, which multiplies by fractions and is not exact.
+        experiments/exact.py counts what differs.
         """
         y = self.multiply(q_x, q_w)
         if not self.on_grid or (self.bound < 2**24 and self.operand_max <= 2**11):

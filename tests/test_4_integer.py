@@ -38,20 +38,24 @@ def test_floats_are_refused():
         hqdm.int_conv2d(torch.zeros(1, 8, 2, 2), torch.zeros(8, 8, 1, 1, dtype=torch.int8))
 
 
-def check(layer, x):
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+
+
+def check(layer, x, device):
     """All routes to the accumulator agree, and so do the outputs, before and after freezing."""
-    layer.clock.set(torch.zeros(len(x)))
+    layer, x = layer.to(device), x.to(device)
+    layer.clock.set(torch.zeros(len(x), device=device))
     layer.fit_input(x)
     with torch.no_grad():
         q_x, _ = layer.quantize_input(x)
         q_w, _ = layer.operand()
-        sums = [layer.integer_accumulator(q_x, view, route) for view in "AB" for route in ("int8", "int64")]
+        sums = [layer.integer_accumulator(q_x, view, route) for view in "AB" for route in ("int8", "int64")[:1 + (device == "cpu")]]
         if isinstance(layer, hqdm.HQConv2d):
-            oracle = conv_int64(q_x, q_w, layer.stride, layer.padding)
+            oracle = conv_int64(q_x.cpu(), q_w.cpu(), layer.stride, layer.padding)
         else:
-            oracle = q_x.long() @ q_w.long().T
-        assert all(torch.equal(acc.long(), oracle) for acc in sums)
-        assert torch.equal(layer.accumulator(q_x, q_w), oracle.float())
+            oracle = q_x.cpu().long() @ q_w.cpu().long().T
+        assert all(torch.equal(acc.cpu().long(), oracle) for acc in sums)
+        assert torch.equal(layer.accumulator(q_x, q_w).cpu(), oracle.float())
         assert oracle.abs().max() <= layer.bound < 2**31
         fake = layer(x)
         for frozen in (False, True):
@@ -64,22 +68,24 @@ def check(layer, x):
                 assert torch.equal(layer(x), fake)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rotation", hqdm.ROTATIONS)
 @pytest.mark.parametrize("wbits", range(2, 9))
 @pytest.mark.parametrize("abits", range(2, 9))
-def test_integer_layer_is_the_fake_layer(rotation, wbits, abits):
+def test_integer_layer_is_the_fake_layer(rotation, wbits, abits, device):
     """Identical accumulators and outputs for W 2..8 x A 2..8: 3x3 and 1x1, stride 1 and 2, both memory formats, linear."""
     torch.manual_seed(wbits * 10 + abits)
     x = torch.randn(3, 32, 5, 5) * 3
     for size, stride, padding in ((3, 1, 1), (3, 2, 1), (1, 1, 0)):
         conv = nn.Conv2d(32, 8, size, stride, padding)
-        check(hqdm.HQConv2d(conv, wbits, abits, rotation), x.contiguous(memory_format=torch.channels_last))
-    check(hqdm.HQConv2d(conv, wbits, abits, rotation), x)
-    check(hqdm.HQLinear(nn.Linear(32, 8), wbits, abits, rotation), x[:, :, 0].transpose(1, 2))
+        check(hqdm.HQConv2d(conv, wbits, abits, rotation), x.contiguous(memory_format=torch.channels_last), device)
+    check(hqdm.HQConv2d(conv, wbits, abits, rotation), x, device)
+    check(hqdm.HQLinear(nn.Linear(32, 8), wbits, abits, rotation), x[:, :, 0].transpose(1, 2), device)
 
 
 @pytest.mark.parametrize("rotation, wbits, abits", [("none", 8, 8), ("single", 8, 8), ("single", 4, 4), ("double", 8, 8)])
-def test_worst_case_is_exact(rotation, wbits, abits):
+@pytest.mark.parametrize("device", DEVICES)
+def test_worst_case_is_exact(rotation, wbits, abits, device):
     """Full-scale operands of the widest layer of the UNet, sums near and past 2^24: the split keeps them exact."""
     layer = hqdm.HQConv2d(nn.Conv2d(256, 8, 3, padding=1), wbits, abits, rotation)
     torch.manual_seed(0)
@@ -91,7 +97,7 @@ def test_worst_case_is_exact(rotation, wbits, abits):
     q_x[0] = layer.q_x_max
     q_x[1] = torch.randint(layer.q_x_max // 2, layer.q_x_max + 1, q_x.shape[1:])
     oracle = conv_int64(q_x, q_w, 1, 1)
-    assert torch.equal(layer.accumulator(q_x, q_w), oracle.float())
+    assert torch.equal(layer.accumulator(q_x.to(device), q_w.to(device)).cpu(), oracle.float())
     assert oracle.abs().max() <= layer.bound
     # The case is hard enough: above 2^24 a plain float32 convolution is wrong, which is why accumulator cuts into digits.
     assert oracle.abs().max() < 2**24 or not torch.equal(layer.multiply(q_x, q_w), oracle.float())
