@@ -7,7 +7,7 @@ train: .venv/ready
 	$(BIN)/python train.py --wbits 4 --abits 3
 
 test: .venv/ready
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -rs
 
 # A failed install leaves no `ready`, so the next call tries again.
 .venv/ready: requirements.txt constraints.txt

@@ -91,7 +91,8 @@ def _fwht(x):
 @functools.lru_cache
 def hadamard_matrix(n, device="cpu", dtype=torch.float32):
     """R, (n, n), entries +-1: R R = n I. Sylvester's construction; n a power of two."""
-    return _fwht(torch.eye(n, dtype=dtype, device=device))
+    with torch.inference_mode(False):                # kept for later calls, and those may need gradients
+        return _fwht(torch.eye(n, dtype=dtype, device=device))
 
 
 def check_block(channels, block):
@@ -132,11 +133,12 @@ def _blocks(x, matrix, dim, block):
 def walsh(x, dim=1, block=32):
     """R x: the transform with entries +-1, block by block along `dim`. Integers in, exactly those integers out.
 
-    Any shape and any dtype; float tensors may hold integers up to 2^24 / block. Raises ValueError as check_block does.
+    Any shape. Integer tensors give int32; float32 tensors may hold integers up to 2^24 / block. Raises ValueError as
+    check_block does.
     """
     if not x.is_floating_point():                    # matmul takes no integers on a GPU: add and subtract instead
         check_block(x.shape[dim], block)
-        parts = x.movedim(dim, -1).unflatten(-1, (-1, block))
+        parts = x.to(torch.int32).movedim(dim, -1).unflatten(-1, (-1, block))
         return _fwht(parts).flatten(-2).movedim(-1, dim)
     with full_float32(x.device):
         return _blocks(x, hadamard_matrix(block, x.device, x.dtype), dim, block)
@@ -232,13 +234,14 @@ def accumulator_bound(taps, q_x_max, q_w_max, block=1):
 
 
 def _int8_digits(x):
-    """Integers -> [(int8 tensor, shift)] with x = sum digit * 2^shift: low digits 0 .. 127, the last one signed."""
-    if x.dtype == torch.int8:
-        return [(x, 0)]
+    """Integers -> [(int8 tensor, shift)] with x = sum digit * 2^shift: low digits 0 .. 63, the last one in -64 .. 63.
+
+    Seven bits, not eight: CPUs without VNNI instructions add pairs of products as int16, and 2 * 255 * 127 saturates it.
+    """
     digits, shift = [], 0
-    while x.numel() and (x.max() > 127 or x.min() < -128):
-        digits.append(((x & 127).to(torch.int8), shift))
-        x, shift = x >> 7, shift + 7
+    while x.numel() and (x.max() > 63 or x.min() < -64):
+        digits.append(((x & 63).to(torch.int8), shift))
+        x, shift = x >> 6, shift + 6
     return digits + [(x.to(torch.int8), shift)]
 
 
@@ -249,7 +252,7 @@ def _pad_to(x, rows, columns):
 def int_matmul(a, b, route="int8"):
     """Exact integer product (m, n) x (n, o) -> (m, o) int32; a, b of any integer dtype.
 
-    route "int8": torch._int_mm, int8 x int8 -> int32, on base-128 digits of what does not fit int8. CPU and CUDA.
+    route "int8": torch._int_mm, int8 x int8 -> int32, on base-64 digits. CPU and CUDA.
     route "int64": the definition, on the CPU.
     Raises ValueError on a device that has no such product; TypeError where an operand is not integer.
     """
@@ -356,9 +359,9 @@ class HQLayer(nn.Module):
         self.q_x_max = max(map(abs, grid(abits, self.symmetric)))
         self.q_w_max = 2**wbits - 1                              # of q_w - z, for any zero point
         self.operand_max = mixed * self.q_w_max                  # of (q_w - z) R
-        self.bound = accumulator_bound(self.taps, self.q_x_max, self.q_w_max, mixed)
         self.on_grid = max(wbits, abits) <= 8                    # has an integer form
-        if self.on_grid and self.bound >= 2**31:
+        self.bound = accumulator_bound(self.taps, self.q_x_max, self.q_w_max, mixed) if self.on_grid else 0
+        if self.on_grid and max(self.bound, 256 * self.taps * self.q_x_max) >= 2**31:      # 256: room for digits, see there
             raise ValueError(f"sums of {self.taps} products at W{wbits}A{abits} could reach {self.bound:,}, past int32")
 
         w, steps = layer.weight.detach().float(), len(self.clock.timesteps)
@@ -399,13 +402,14 @@ class HQLayer(nn.Module):
         step = self.steps_of(x)
         shape = (-1,) + (1,) * (x.ndim - 1)
         s = self.log_s_x.exp()[step].view(shape)                 # each sample has the scale of its own step
-        z = 0 if self.symmetric else round_ste(self.z_x)[step].view(shape)
+        # A zero point off the grid would take 0.0 off it too, and zero padding would no longer be exact.
+        z = 0 if self.symmetric else round_ste(self.z_x).clamp(*grid(self.abits, False))[step].view(shape)
         return quantize(v, s, z, self.abits, self.symmetric), s
 
     def quantize_weight(self):
         """(q_w - z, integers in a float tensor; s_w (C_out, 1)). The float weight and 1 at 32 bits. Differentiable."""
         if self.frozen and self.wbits != 32:
-            q = unpack_weights(self.q_w, self.wbits, self.shape) if self.on_grid else self.q_w
+            q = unpack_weights(self.q_w, self.wbits, self.shape) if self.wbits <= 8 else self.q_w
             return (q.flatten(1).float() - self.z_w.float()).view(self.shape), self.s_w
         w = self.weight
         if not self.frozen:
@@ -420,18 +424,27 @@ class HQLayer(nn.Module):
 
         This is view B. Rotating the weight is cheaper than rotating q_x back: it is smaller, and frozen it is done once.
         """
-        key = (self.q_w.device, self.q_w._version) if self.frozen and self.wbits != 32 else None
-        if key and self._cache and self._cache[0] == key:        # the version counts writes, such as load_state_dict's
+        kept = self.frozen and self.wbits != 32
+        if kept and self._cache and self._cache[0] is self.q_w:  # another tensor after .to(device)
             return self._cache[1]
         q, s = self.quantize_weight()
         if self.rotation == "single":
             q, s = walsh(q, 1, self.block), s / math.sqrt(self.block)
-        self._cache = (key, (q, s)) if key else None
+        self._cache = (self.q_w, (q, s)) if kept else None
         return q, s
+
+    def _load_from_state_dict(self, *args):
+        """Called by load_state_dict: other integers are coming, so what was computed from the old ones goes."""
+        self._cache = None
+        super()._load_from_state_dict(*args)
 
     # -- the product
 
     def forward(self, x):
+        with full_float32(x.device):                             # integers do not survive bf16 sums
+            return self._forward(x.float())
+
+    def _forward(self, x):
         q_x, s_x = self.quantize_input(x)
         q_w, s_w = self.operand()
         acc = self.integer_accumulator(q_x).float() if self.integer else self.accumulator(q_x, q_w)
@@ -451,12 +464,12 @@ class HQLayer(nn.Module):
         if not self.on_grid or (self.bound < 2**24 and self.operand_max <= 2**11):
             return y
         with torch.no_grad():
-            m = int(math.log2(2**24 / (self.taps * self.q_x_max)))
-            digits = math.ceil((self.operand_max.bit_length() + 1) / m)
+            m = min(11, int(math.log2(2**24 / (self.taps * self.q_x_max))))
+            digits = math.ceil(self.operand_max.bit_length() / m)
             rest, acc = q_w.to(torch.int32), 0
             for i in range(digits):
                 digit = rest & (2**m - 1) if i + 1 < digits else rest            # low digits 0 .. 2^m - 1, last one signed
-                acc = acc + (self.multiply(q_x, digit.float()).to(torch.int32) << (m * i))
+                acc = acc + (self.multiply(q_x, digit.float()).round().to(torch.int32) << (m * i))
                 rest = rest >> m
         return y + (acc.float() - y).detach()                    # the value of acc, rounded once; the gradient of y
 
@@ -464,11 +477,11 @@ class HQLayer(nn.Module):
         """The same sums by integer arithmetic alone, int32. q_x: as quantize_input gives it. view: "A" or "B"."""
         if not self.on_grid:
             raise ValueError(f"a W{self.wbits}A{self.abits} layer has no integer form; use 2 to 8 bits for both")
-        q_x, q_w = to_int(q_x.detach(), self.q_x_max), to_int(self.quantize_weight()[0].detach(), self.q_w_max)
+        q_x, q_w = q_x.detach().to(torch.int16), self.quantize_weight()[0].detach().to(torch.int16)
         if self.rotation == "single" and (view or self.view) == "A":
-            q_x = to_int(walsh(q_x.to(torch.int16), self.dim, self.block), self.block * self.q_x_max)
+            q_x = walsh(q_x, self.dim, self.block)
         elif self.rotation == "single":
-            q_w = to_int(walsh(q_w.to(torch.int16), 1, self.block), self.operand_max)
+            q_w = walsh(q_w, 1, self.block)
         return self.multiply_int(q_x, q_w, route)
 
     # -- scales of the activations, and the second life
@@ -503,7 +516,7 @@ class HQLayer(nn.Module):
         if self.wbits == 32:
             self.register_buffer("weight", q)
             return
-        self.register_buffer("q_w", pack_weights(q, self.wbits) if self.on_grid else q)
+        self.register_buffer("q_w", pack_weights(q, self.wbits) if self.wbits <= 8 else q)
         self.register_buffer("s_w", s)
         self.register_buffer("z_w", z.to(torch.uint8) if self.wbits <= 8 else z)
 
@@ -517,19 +530,15 @@ class HQLayer(nn.Module):
         return 4 * n + bias, weight + bias + scales_x
 
 
-def to_int(q, q_max):
-    """Integers in any tensor -> int8 where q_max fits, else int16."""
-    return q.to(torch.int8 if q_max <= 127 else torch.int16)
-
-
 class HQConv2d(HQLayer):
     """A quantized nn.Conv2d: (B, C_in, h, w) -> (B, C_out, h', w'). Arguments and errors: HQLayer."""
 
     per_channel = (1, -1, 1, 1)
 
     def __init__(self, layer, *args, **kwargs):
-        if layer.groups != 1 or layer.dilation != (1, 1) or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-            raise ValueError("HQConv2d needs groups 1, dilation 1 and zero padding given as a number")
+        if (layer.groups != 1 or layer.dilation != (1, 1) or layer.padding_mode != "zeros"
+                or len(set(layer.stride)) > 1 or len(set(layer.padding)) > 1):          # a word such as "same" has letters
+            raise ValueError("HQConv2d needs groups 1, dilation 1, and one number each for stride and zero padding")
         self.stride, self.padding = layer.stride[0], layer.padding[0]
         super().__init__(layer, *args, **kwargs)
 
@@ -570,6 +579,8 @@ def quantize_unet(unet, wbits, abits, rotation="single", block=32, timesteps=(0,
     timesteps: the DDIM times that get an activation scale each; forward(x, t, ..) picks by t, the nearest.
     packed=True: ready for load_state_dict of frozen integers. Raises ValueError as HQLayer does, naming the layer.
     """
+    if layers(unet):
+        raise ValueError("this network is quantized already; start from the float one")
     clock, rows = Clock(timesteps), []
     for name, layer in list(unet.named_modules()):
         if not isinstance(layer, (nn.Conv2d, nn.Linear)):
@@ -587,7 +598,7 @@ def quantize_unet(unet, wbits, abits, rotation="single", block=32, timesteps=(0,
         unet.get_submodule(name.rpartition(".")[0])._modules[name.rpartition(".")[2]] = new
         shape = "x".join(map(str, new.shape[2:]))
         rows.append({"layer": name, "kind": f"conv {shape}" if shape else "linear", "wbits": bits[0], "abits": bits[1],
-                     "rotation": rotate, "block": new.block, "note": f"{why}: 8 bits, not rotated" if why else
+                     "rotation": rotate, "block": new.block, "note": f"{why}: not rotated" if why else
                      "" if rotate != "none" else "rotation none was asked for", "accumulator_bound": new.bound,
                      "float_bytes": new.bytes[0], "bytes": new.bytes[1]})
     unet.clock = clock

@@ -3,7 +3,7 @@
     python sample.py                                     # the bundled teacher beside the bundled W4A3 model: samples.png
     python sample.py runs/w4a3-single/model.pt -n 64     # one checkpoint of your own; it carries its own configuration
     python sample.py CKPT CKPT --class cat --guidance 2  # one class, classifier-free guidance
-    python sample.py CKPT --integer                      # every layer in integer arithmetic: the same pictures, as bytes
+    python sample.py CKPT --integer                      # every quantized layer in integers: the same pictures, as bytes
     python sample.py CKPT CKPT --score -n 5000           # C-FID, C-IS, class accuracy, PSNR to the first checkpoint
     python sample.py CKPT --npz FILE -n 50000            # what the public FID tools read: uint8 (N, 32, 32, 3) in arr_0
 
@@ -43,8 +43,12 @@ def save_checkpoint(path, **content):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".tmp")
     # What gets bundled is compressed, a tenth smaller; a run's own state is not: it is written every minute.
-    with (open if content["kind"] == "training" else gzip.open)(part, "wb") as f:
-        torch.save({"format": FORMAT, **content}, f)
+    try:
+        with (open if content["kind"] == "training" else gzip.open)(part, "wb") as f:
+            torch.save({"format": FORMAT, **content}, f)
+    except (RuntimeError, OSError) as e:            # a full disk, in torch's words or in the system's
+        part.unlink(missing_ok=True)
+        raise OSError(f"could not write {path}: {str(e).splitlines()[0]}") from None
     os.replace(part, path)
 
 
@@ -72,18 +76,18 @@ def read_checkpoint(path, kind=None):
     return ckpt
 
 
-def load_model(path, device="cpu"):
+def load_model(path, device="cpu", kind=("float", "quantized")):
     """A checkpoint -> the network, in eval mode and float32, ready to draw; a quantized one comes packed (no LoRA).
 
     Raises ValueError where the tensors do not fit the configuration beside them, and as read_checkpoint does.
     """
-    ckpt = read_checkpoint(path, kind=("float", "quantized"))
+    ckpt = read_checkpoint(path, kind)
     try:
         model = UNet(**ckpt["unet"])
         if ckpt["kind"] == "quantized":
             hqdm.quantize_unet(model, **ckpt["quant"], packed=True)
         model.load_state_dict(ckpt["model"])
-    except (RuntimeError, TypeError, KeyError) as e:
+    except (RuntimeError, TypeError, KeyError, AttributeError, ValueError, ArithmeticError, IndexError) as e:
         raise ValueError(f"{path} does not fit its own configuration: {str(e).splitlines()[0]}") from None
     return model.float().eval().to(device, memory_format=torch.channels_last)
 
@@ -191,7 +195,7 @@ def score(images, labels, judge=None):
     logp, features = judge_images(judge, images)
     p = logp.exp()
     kl = (p * (logp - p.mean(dim=0).log())).sum(dim=1).mean()
-    c_fid = frechet_distance(features.mean(dim=0), features.T.cov(), judge.mean.double().cpu(), judge.cov.double().cpu())
+    c_fid = frechet_distance(features.mean(dim=0), features.T.cov(), judge.mean.cpu().double(), judge.cov.cpu().double())
     return {"c_fid": c_fid, "c_is": float(kl.exp()), "accuracy": float((logp.argmax(1) == labels).double().mean())}
 
 
@@ -234,7 +238,10 @@ def pick_device(name=None):
         return torch.device("cuda" if "cuda" in have else "mps" if "mps" in have else "cpu")
     if name.split(":")[0] not in have:
         raise ValueError(f"--device {name} is not here; choose from {', '.join(have)}")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name} is no device; choose from {', '.join(have)}") from None
 
 
 def positive(text):
@@ -245,11 +252,11 @@ def positive(text):
 
 
 def run_cli(main):
-    """Run a program: what the user can mend is one line on stderr and exit code 2; a bug keeps its traceback."""
+    """Run a program: what the user can mend is one line on stderr and exit code 2."""
     try:
         main()
-    except (ValueError, OSError, FloatingPointError) as e:
-        print(f"error: {e}", file=sys.stderr)
+    except (ValueError, OSError, FloatingPointError, torch.cuda.OutOfMemoryError) as e:
+        print(f"error: {str(e).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -284,8 +291,10 @@ def main(argv=None):
         label = (CLASSES + ["none"]).index(args.label)
     if not math.isfinite(args.guidance) or args.guidance < 0:
         raise ValueError(f"--guidance {args.guidance} is not a number of 0 or more")
-    for target in filter(None, [args.out, args.npz]):                    # before the work, not after it
-        if not os.access(Path(target).resolve().parent, os.W_OK) or Path(target).is_dir():
+    if args.score and (args.n < 2 or args.out.endswith(".json")):
+        raise ValueError("--score needs -n 2 or more, and an --out that is a picture: the scores go to a .json beside it")
+    for target in filter(lambda name: name is not None, [args.out, args.npz]):       # before the work, not after it
+        if not target or not os.access(Path(target).resolve().parent, os.W_OK) or Path(target).is_dir():
             raise ValueError(f"cannot write {target}")
     device = pick_device(args.device)
     paths = args.checkpoints or [HERE / "checkpoints" / "teacher.pt", HERE / "checkpoints" / "w4a3-single.pt"]
@@ -294,8 +303,8 @@ def main(argv=None):
     grids, scores, first, began = {}, {}, None, time.time()
     judge = load_judge(device) if args.score else None
     for path, model in zip(paths, models):
-        if args.integer:
-            hqdm.set_integer(model, True)
+        if args.integer and (hqdm.layers(model) or not any(map(hqdm.layers, models))):
+            hqdm.set_integer(model, True)            # a float model among quantized ones stays float, to compare with
         start = time.time()
         def progress(done):
             left = (time.time() - start) / done * (args.n - done)

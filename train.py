@@ -3,7 +3,7 @@
     python train.py                                       # the float teacher on CIFAR-10
     python train.py --wbits 4 --abits 3                   # HQ-DM: 4-bit weights, 3-bit activations; needs no data
     python train.py --wbits 4 --abits 3 --rotation none   # the same quantizers without the Hadamard transform
-    python train.py --wbits 4 --abits 3 --resume          # go on after a kill, with the same losses
+    python train.py --wbits 4 --abits 3 --resume          # go on after a kill; on a CPU with the same losses, bit for bit
 
 Each run leaves in runs/NAME/: model.pt (what sample.py draws from), last.pt (what --resume reads), metrics.json,
 loss.png and samples.png (the float model's row on top, from the same noise). Times and scores: README.md.
@@ -113,7 +113,8 @@ def download_cifar10(dir="data", url=CIFAR10_URL):
 def find_data(data=None):
     """--data: a folder, an address to fetch, or None: data/, else the home site, else the bundled images, loudly."""
     if data and data.startswith(("http://", "https://", "file://")):
-        download_cifar10("data", data)
+        if not Path("data/cifar-10-batches-bin").is_dir():
+            download_cifar10("data", data)
         return load_cifar10("data")
     if data or Path("data/cifar-10-batches-bin").is_dir():
         return load_cifar10(data or "data")
@@ -220,7 +221,7 @@ def teacher_updates(model, ema, optimizer, images, labels, steps, batch, seed, f
     """
     device = images.device
     # torch.compile pays back its minute of compiling only in a long run, and only where its GPU compiler exists.
-    net = torch.compile(model) if device.type == "cuda" and steps - first > 2000 and has_triton() else model
+    net = torch.compile(model) if device.type == "cuda" and steps > 2000 and has_triton() else model
     params = list(model.parameters())
     model.train()
     for step in range(first, steps):
@@ -275,7 +276,7 @@ def train_teacher(args, device, out):
 def make_pool(teacher, n, ddim_steps, seed, batch=250):
     """The teacher's trajectories from n noises: dict of x, eps (S, n, 3, 32, 32), t (S,), y (n,), on its device.
 
-    A tenth of the labels are "none", as in the teacher's own training, so that guidance works on the student too.
+    Every eleventh label is "none", about as in the teacher's own training, so that guidance works on the student too.
     """
     device = next(teacher.parameters()).device
     noise, y = noise_and_labels(n, seed, teacher.classes)
@@ -333,7 +334,7 @@ def train_quantized(args, device, out):
     """`python train.py --wbits W --abits A`: quantize the teacher, calibrate, distil, fold, pack."""
     if not args.resume and not Path(args.teacher).is_file():
         raise FileNotFoundError(f"no teacher at {args.teacher}; train one with: python train.py")
-    teacher = load_model(args.teacher, device).requires_grad_(False)
+    teacher = load_model(args.teacher, device, kind=("float",)).requires_grad_(False)
     short = device.type == "cpu"
     student = copy.deepcopy(teacher)
     began = time.time()
@@ -392,12 +393,17 @@ def restore(args, out, parts):
     if not args.resume:
         return []
     ckpt = read_checkpoint(out / "last.pt", kind=("training",))
+    if not isinstance(ckpt.get("settings"), dict) or not isinstance(ckpt.get("losses"), list) or len(ckpt["losses"]) > args.steps:
+        raise ValueError(f"{out / 'last.pt'} is not the state of a run")
     wrong = [f"--{k.replace('_', '-')} {v} (was {ckpt['settings'].get(k)})"
              for k, v in settings(args).items() if ckpt["settings"].get(k) != v]
     if wrong:
         raise ValueError(f"{out / 'last.pt'} was made with other settings: {', '.join(wrong)}")
-    for name, part in parts.items():
-        part.load_state_dict(ckpt[name])
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(ckpt[name])
+    except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as e:
+        raise ValueError(f"{out / 'last.pt'} does not fit this run: {str(e).splitlines()[0]}") from None
     print(f"resumed {out / 'last.pt'} at step {len(ckpt['losses'])}", flush=True)
     return ckpt["losses"]
 
@@ -411,7 +417,7 @@ def finish(args, device, out, losses, seconds, models, more):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    window = max(1, len(losses) // 50)
+    window = max(1, len(losses) // 10)
     ax.semilogy(losses, color="0.8", linewidth=0.8, label="each step")
     ax.semilogy(np.arange(window - 1, len(losses)), np.convolve(losses, np.ones(window) / window, "valid"),
                 label=f"mean of {window} steps")
@@ -469,8 +475,8 @@ def main(argv=None):
     for name, bits in (("wbits", args.wbits), ("abits", args.abits)):
         if bits != 32 and not 2 <= bits <= 8:
             raise ValueError(f"--{name} {bits} is not possible; choose 2 to 8, or 32 for float")
-    if args.lr is not None and not (math.isfinite(args.lr) and args.lr > 0):
-        raise ValueError(f"--lr {args.lr} is not a positive number")
+    if args.lr is not None and not 0 < args.lr <= 1e4:
+        raise ValueError(f"--lr {args.lr} is not a positive number up to 10,000")
     device = pick_device(args.device)
     quantized = (args.wbits, args.abits) != (32, 32)
     full = device.type != "cpu"

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 T = 1000                # diffusion times that the network was trained on (DDPM section 4)
-GROUPS = 32             # groups of every GroupNorm: 2 to 12 channels each at our widths
+GROUPS = 32             # groups of every GroupNorm: 2 to 8 channels each at our widths
 
 
 # ---------------------------------------------------------------- the network

@@ -83,3 +83,15 @@ def test_block_that_does_not_divide_is_refused_with_choices():
         hqdm.hadamard(torch.zeros(1, 48, 2, 2))
     with pytest.raises(ValueError, match="not a power of two"):
         hqdm.hadamard(torch.zeros(1, 48, 2, 2), block=24)
+
+
+def test_no_tf32_inside(monkeypatch):
+    """Whatever precision the program asks for elsewhere, H x is computed in full float32, and the wish is restored."""
+    seen, real = [], hqdm._blocks
+    monkeypatch.setattr(hqdm, "_blocks", lambda *args: seen.append(torch.get_float32_matmul_precision()) or real(*args))
+    torch.set_float32_matmul_precision("medium")
+    try:
+        hqdm.hadamard(torch.randn(2, 32), 1, 32)
+        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")

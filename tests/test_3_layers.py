@@ -120,7 +120,7 @@ def test_gradients_reach_everything_that_is_learned():
         new, x, _ = layer("conv", rotation, 4, 3)
         nn.init.normal_(new.lora_B, std=0.01)
         new(x).square().mean().backward()
-        for p in (new.lora_A, new.lora_B, new.log_s_w, new.log_s_x):
+        for p in (new.lora_A, new.lora_B, new.log_s_w, new.log_s_x) + ((new.z_x,) if rotation == "none" else ()):
             assert p.grad.abs().sum() > 0
         assert new.bias.grad is None and not new.weight.requires_grad
 
@@ -144,3 +144,27 @@ def test_gradient_is_that_of_the_dequantized_layer():
 def test_bad_arguments_are_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
         hqdm.HQLinear(nn.Linear(64, 8), **kwargs)
+
+
+def test_zero_point_stays_on_the_grid():
+    """A learned zero point below 0 is held at 0: else 0.0 leaves the grid, and the bound on q_x with it."""
+    new, x, _ = layer("conv", "none", 4, 7)
+    new.z_x.data.fill_(-3.0)
+    q_x, _ = new.quantize_input(x)
+    assert q_x.min() >= 0 and q_x.abs().max() <= new.q_x_max
+    y = new(x)
+    new.integer = True
+    assert torch.equal(new(x), y)
+
+
+def test_autocast_does_not_reach_the_integers():
+    """Under bf16 autocast a layer gives what it gives in float32."""
+    new, x, _ = layer()
+    y = new(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(new(x), y)
+
+
+def test_uneven_strides_are_refused():
+    with pytest.raises(ValueError, match="one number each"):
+        hqdm.HQConv2d(nn.Conv2d(32, 8, 3, stride=(1, 2)))

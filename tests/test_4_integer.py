@@ -1,10 +1,14 @@
 """Integer arithmetic: the same accumulators as the fake-quantized layer, to the last bit."""
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from conftest import ROOT
 
 import hqdm
 
@@ -142,3 +146,41 @@ def test_views_need_no_float():
 def test_a_float_model_has_no_integer_form(unet):
     with pytest.raises(ValueError, match="no quantized layer"):
         hqdm.set_integer(unet)
+
+
+def tf32(v):
+    """Keep 11 significant bits, as the operands of a TF32 product do."""
+    mantissa, exponent = v.frexp()
+    return (mantissa * 2**11).round().ldexp(exponent - 11)
+
+
+@pytest.mark.parametrize("rotation, wbits, abits, channels", [("single", 8, 4, 64), ("single", 8, 2, 64), ("single", 7, 4, 64), ("none", 8, 8, 256)])
+def test_tf32_units_multiply_exactly(rotation, wbits, abits, channels, monkeypatch):
+    """No operand of any product has more than 11 bits: rounding them all to TF32 changes nothing."""
+    layer = hqdm.HQConv2d(nn.Conv2d(channels, 4, 3, padding=1), wbits, abits, rotation)
+    torch.manual_seed(0)
+    q_w = torch.randint(layer.q_w_max // 2, layer.q_w_max + 1, layer.shape)
+    q_w = (hqdm.walsh(q_w, 1, 32) if rotation == "single" else q_w).float()
+    q_x = torch.randint(-layer.q_x_max, layer.q_x_max + 1, (1, channels, 4, 4)).float()
+    real = layer.multiply
+    monkeypatch.setattr(layer, "multiply", lambda a, b: real(tf32(a), tf32(b)))
+    assert torch.equal(layer.accumulator(q_x, q_w), conv_int64(q_x, q_w, 1, 1).float())
+
+
+def test_split_sums_have_the_gradient_of_the_product():
+    """Cutting weights into digits changes the value's rounding, never the gradient."""
+    layer = hqdm.HQConv2d(nn.Conv2d(256, 4, 3, padding=1), 8, 8, "none")
+    q_x = torch.randint(0, 256, (1, 256, 4, 4)).float().requires_grad_()
+    q_w = torch.randint(-255, 256, layer.shape).float().requires_grad_()
+    assert layer.bound >= 2**24
+    g = torch.randn(1, 4, 4, 4)
+    for a, b in zip(torch.autograd.grad(layer.accumulator(q_x, q_w), (q_x, q_w), g),
+                    torch.autograd.grad(F.conv2d(q_x, q_w, padding=1), (q_x, q_w), g)):
+        torch.testing.assert_close(a, b)
+
+
+def test_cpus_without_vnni():
+    """Older instruction sets add int8 products in pairs as int16: our digits are small enough not to saturate it."""
+    code = ("import torch, hqdm; a = torch.randint(-128, 128, (40, 64)); a[0] = 127; a[1] = -128; b = torch.randint(-255, 256, (64, 24)); b[:, 0] = 255;"
+            "assert torch.equal(hqdm.int_matmul(a, b), hqdm.int_matmul(a, b, 'int64'))")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}, check=True)

@@ -98,3 +98,25 @@ def test_label_dropout(drop, expected):
 def test_loss_of_a_perfect_network_is_zero():
     x_0 = torch.rand(8, 3, 4, 4) * 2 - 1
     assert U.ddpm_loss(Oracle(x_0), x_0, torch.zeros(8, dtype=torch.long), 10).item() < 1e-6
+
+
+def test_noise_of_eta_1_is_ddpm_noise():
+    """With eta = 1 and every time visited, sigma^2 is DDPM's posterior variance beta_t (1 - abar_s) / (1 - abar_t)."""
+    x_0 = torch.zeros(64, 3, 32, 32, dtype=torch.float64)
+    steps = U.ddim(Oracle(x_0), torch.randn_like(x_0), steps=1000, eta=1.0, generator=torch.Generator().manual_seed(0))
+    abar, before = U.alpha_bars().double(), None
+    for t, x, eps, _ in steps:
+        if before is not None:
+            a_t, a_s = abar[t + 1], abar[t]
+            sigma = ((1 - a_t / a_s) * (1 - a_s) / (1 - a_t)).sqrt()
+            noise = x - (1 - a_s - sigma**2).sqrt() * before
+            assert_close(noise.std(), sigma, rtol=0.02, atol=0)
+        before = eps
+        if t < 990:
+            break
+
+
+def test_believed_images_are_clamped():
+    """Pixels live in [-1, 1], and so does every x_0~, however wrong the network is."""
+    wrong = Oracle(torch.full((1, 3, 32, 32), 5.0, dtype=torch.float64))
+    assert all(x_0.abs().max() <= 1 for _, _, _, x_0 in U.ddim(wrong, torch.randn(1, 3, 32, 32, dtype=torch.float64), steps=5))

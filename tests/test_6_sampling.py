@@ -72,6 +72,24 @@ def test_a_width_that_the_block_does_not_divide_names_layer_and_choices():
         hqdm.quantize_unet(small_unet(), 4, 3, block=64)
 
 
+def test_a_network_is_quantized_once():
+    student, _, quant = quantized()
+    with pytest.raises(ValueError, match="quantized already"):
+        hqdm.quantize_unet(student, **quant)
+
+
+def test_calibration_makes_the_difference():
+    """Scales from the teacher's activations give a far smaller error than the scales of 1 that layers are born with."""
+    student, teacher, quant = quantized()
+    for layer in hqdm.layers(student):
+        torch.nn.init.zeros_(layer.lora_B)
+    born = small_unet()
+    hqdm.quantize_unet(born, **quant)
+    x, t = torch.randn(2, 3, 32, 32), torch.tensor([999, TIMES[2]])
+    error = [(m(x, t) - teacher(x, t)).square().mean().item() for m in (student, born)]
+    assert error[0] < 0.5 * error[1]
+
+
 def test_a_copy_has_its_own_clock():
     """deepcopy of a quantized network keeps working: its layers read its own clock, not the original's."""
     student, _, _ = quantized()
@@ -247,7 +265,7 @@ def checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--class", "dragon"], "choose from airplane"), (["-n", "0"], "not a positive number"), (["-n", "-3"], "not a positive number"),
+    (["--class", "dragon"], "choose from airplane"), (["-n", "0"], "not a positive number"), (["-n", "1", "--score"], "-n 2 or more"), (["--out", ""], "cannot write"), (["-n", "-3"], "not a positive number"),
     (["--steps", "0"], "not a positive number"), (["--steps", "1001"], "outside 1 .. 1000"), (["--out", "/no/such/folder/x.png"], "cannot write"),
     (["--npz", "/"], "cannot write"), (["--guidance", "nan"], "guidance"), (["--device", "tpu"], "choose from cpu"), (["no-such.pt"], "no checkpoint")])
 def test_bad_input_is_one_line_and_exit_code_2(argv, message, checkpoint, capsys):
@@ -265,3 +283,9 @@ def test_files_that_sample_writes(checkpoint, tmp_path, capsys):
     assert arrays["arr_0"].shape == (4, 32, 32, 3) and arrays["arr_0"].dtype == np.uint8 and arrays["arr_1"].tolist() == [3] * 4
     assert out.read_bytes()[:4] == b"\x89PNG" and report["settings"]["seed"] == 0
     assert report["scores"][str(checkpoint)]["psnr"] == 99 and report["hardware"] and report["date"]
+
+
+@needs_models
+def test_integer_flag_keeps_float_models_as_they_are(tmp_path, capsys):
+    """`python sample.py --integer`: the teacher in float beside the W4A3 model in integers."""
+    assert run(capsys, "--integer", "-n", 1, "--steps", 1, "--out", tmp_path / "s.png", "--device", "cpu") == (0, "")
