@@ -146,10 +146,21 @@ def test_bad_arguments_are_refused(kwargs, message):
         hqdm.HQLinear(nn.Linear(64, 8), **kwargs)
 
 
+def test_weight_scales_are_the_searched_ones():
+    """A new layer starts from the 80-shrink search with p = 2.4 on its own weight; for double on W H."""
+    for rotation in hqdm.ROTATIONS:
+        new, _, plain = layer("conv", rotation)
+        w = hqdm.hadamard(plain.weight.detach(), 1, 32) if rotation == "double" else plain.weight.detach()
+        s, z = hqdm.search_scale(w.flatten(1), 4, False, 2.4)
+        assert_close(new.log_s_w.exp(), s)
+        assert_close(new.z_w, z)
+
+
 def test_zero_point_stays_on_the_grid():
     """A learned zero point below 0 is held at 0: else 0.0 leaves the grid, and the bound on q_x with it."""
     new, x, _ = layer("conv", "none", 4, 7)
     new.z_x.data.fill_(-3.0)
+    new.log_s_x.data -= 3                                        # so fine a grid that values are clipped at its end
     q_x, _ = new.quantize_input(x)
     assert q_x.min() >= 0 and q_x.abs().max() <= new.q_x_max
     y = new(x)

@@ -189,7 +189,7 @@ class Stub(sample.Judge):
     """A judge that answers with given probabilities."""
 
     def forward(self, images):
-        return self.p[:len(images)].log(), torch.randn(len(images), 256)
+        return self.p[:len(images)].log(), torch.randn(len(images), 256, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("p, expected", [
@@ -202,6 +202,10 @@ def test_inception_score_by_hand(p, expected):
     judge.p, judge.cov = p, torch.eye(256)
     scores = sample.score(torch.zeros(20, 3, 32, 32, dtype=torch.uint8), p.argmax(1), judge)
     assert math.isclose(scores["c_is"], expected, rel_tol=1e-5) and scores["accuracy"] == 1
+    features = judge(torch.zeros(20, 1))[1].double().numpy()
+    cov = torch.from_numpy(np.cov(features, rowvar=False))
+    expected = sample.frechet_distance(torch.from_numpy(features.mean(0)), cov, torch.zeros(256).double(), torch.eye(256).double())
+    assert math.isclose(scores["c_fid"], expected, rel_tol=1e-9)
 
 
 def test_psnr_of_a_known_error():

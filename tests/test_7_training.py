@@ -134,6 +134,8 @@ def test_learning_rates():
     """LoRA in units of each layer's mean s_w; d log s = ds / s turns rates of scales into steps of their logarithms."""
     student = small_unet()
     hqdm.quantize_unet(student, 4, 3, block=16, timesteps=[999, 0])
+    for layer in hqdm.layers(student):
+        layer.log_s_x.data.fill_(-1.0)
     groups = hqdm.parameter_groups(student, lr=2.0)
     first = hqdm.layers(student)[0]
     assert math.isclose(groups[0]["base_lr"], 2 * hqdm.RATES["lora"] * first.log_s_w.exp().mean().item(), rel_tol=1e-5)
