@@ -480,7 +480,7 @@ def main(argv=None):
     device = pick_device(args.device)
     quantized = (args.wbits, args.abits) != (32, 32)
     full = device.type != "cpu"
-    defaults = (dict(ddim_steps=50 if full else 10, steps=1000 if full else 150, batch=128 if full else 4, lr=1.0) if quantized
+    defaults = (dict(ddim_steps=50 if full else 10, steps=1000 if full else 400, batch=128 if full else 4, lr=1.0) if quantized
                 else dict(ddim_steps=50, steps=11_000 if full else 100, batch=512 if full else 8, lr=8e-4))
     for key, value in defaults.items():
         if getattr(args, key) is None:
