@@ -361,7 +361,9 @@ class HQLayer(nn.Module):
         self.operand_max = mixed * self.q_w_max                  # of (q_w - z) R
         self.on_grid = max(wbits, abits) <= 8                    # has an integer form
         self.bound = accumulator_bound(self.taps, self.q_x_max, self.q_w_max, mixed) if self.on_grid else 0
-        if self.on_grid and max(self.bound, 256 * self.taps * self.q_x_max) >= 2**31:      # 256: room for digits, see there
+        if self.on_grid and self.taps * self.q_x_max >= 2**23:   # accumulator could not even sum digits of one bit
+            raise ValueError(f"sums of {self.taps} products with {abits}-bit activations leave a float32 no bit for the weights")
+        if self.on_grid and self.bound >= 2**31:
             raise ValueError(f"sums of {self.taps} products at W{wbits}A{abits} could reach {self.bound:,}, past int32")
 
         w, steps = layer.weight.detach().float(), len(self.clock.timesteps)

@@ -131,9 +131,11 @@ def test_the_bound_is_reached_but_never_passed(block):
     assert block > 1 or best == bound == 64 * 7 * 15
 
 
-def test_sums_past_int32_are_refused():
-    with pytest.raises(ValueError, match="past int32"):
-        hqdm.HQLinear(nn.Linear(2**17, 8), 8, 8, "none")
+@pytest.mark.parametrize("width, rotation, message", [(2**15, "single", "past int32"), (2**17, "none", "no bit for the weights")])
+def test_sums_too_long_are_refused(width, rotation, message):
+    """Before anything runs: sums that could pass 2^31, and sums too long for the float32 form."""
+    with pytest.raises(ValueError, match=message):
+        hqdm.HQLinear(nn.Linear(width, 1), 8, 8, rotation)
 
 
 def test_views_need_no_float():

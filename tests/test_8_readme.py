@@ -7,6 +7,7 @@ import re
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, needs_models
 
 import hqdm
@@ -57,19 +58,21 @@ def test_results_behind_the_readme():
 
 
 def test_legend_names_exist():
-    """Every code name of the legend of hqdm.py is a name in the code, with the shape that the legend gives."""
-    legend = hqdm.__doc__.partition("symbol    in the code")[2]
-    import torch
-    layer = hqdm.HQConv2d(torch.nn.Conv2d(64, 16, 3), clock=hqdm.Clock([9, 5, 0]), rank=8)
-    plain = hqdm.HQConv2d(torch.nn.Conv2d(64, 16, 3), rotation="none", clock=hqdm.Clock([9, 5, 0]))
-    shapes = {"log_s_x": (3,), "log_s_w": (16, 1), "z_w": (16, 1), "lora_A": (8, 64, 3, 3), "lora_B": (16, 8)}
-    for name, shape in shapes.items():
-        assert name in legend and tuple(getattr(layer, name).shape) == shape
-    assert "z_x" in legend and tuple(plain.z_x.shape) == (3,) and not hasattr(layer, "z_x")
-    for name in ("hadamard", "walsh", "block", "clock.step", "q_w", "q_x"):
-        assert name in legend
-    layer.freeze()
-    assert layer.q_w.dtype == torch.uint8 and len(layer.q_w) == 16 * 64 * 9 // 2
+    """Every parameter of the legend of hqdm.py exists, with the shape that the legend itself gives."""
+    legend = hqdm.__doc__.partition("symbol    in the code")[2].splitlines()
+    size = dict(S=3, C_out=16, C_in=64, r=8, kh=3, kw=3)
+    single, none = (hqdm.HQConv2d(torch.nn.Conv2d(64, 16, 3), rotation=r, clock=hqdm.Clock([9, 5, 0]), rank=8) for r in ("single", "none"))
+    seen = []
+    for line in legend:
+        names = [n for n in ("log_s_x", "z_x", "log_s_w", "z_w", "lora_A", "lora_B") if n in line.split()]
+        shapes = re.findall(r"\(([\w, ]+)\)", line.rpartition(names[-1])[2] if names else "")
+        for name, shape in zip(names, shapes):
+            numbers = tuple(size[n] if n in size else int(n) for n in re.findall(r"\w+", shape))
+            assert tuple(getattr(none if name == "z_x" else single, name).shape) == numbers, line
+            seen.append(name)
+    assert len(seen) == 6 and not hasattr(single, "z_x")
+    single.freeze()                                              # two 4-bit weights a byte
+    assert single.q_w.dtype == torch.uint8 and len(single.q_w) == 16 * 64 * 9 // 2
 
 
 @pytest.mark.parametrize("module", MODULES)
