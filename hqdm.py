@@ -108,13 +108,21 @@ def check_block(channels, block):
 @contextlib.contextmanager
 def full_float32(device):
     """No TF32 and no autocast inside: TF32 keeps 11 bits, an error of 1e-3 in H x, and moves values across grid lines."""
-    old = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    # torch 2.9 gave these settings a name for each library, and refuses the old common name to programs that use the new.
+    matmuls = [m for m in (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)) if hasattr(m, "fp32_precision")]
+    old = [m.fp32_precision for m in matmuls] or torch.get_float32_matmul_precision()
+    for m in matmuls:
+        m.fp32_precision = "ieee"
+    if not matmuls:
+        torch.set_float32_matmul_precision("highest")
     try:
         with torch.autocast(device.type, enabled=False) if device.type in ("cpu", "cuda") else contextlib.nullcontext():
             yield
     finally:
-        torch.set_float32_matmul_precision(old)
+        for m, precision in zip(matmuls, old):
+            m.fp32_precision = precision
+        if not matmuls:
+            torch.set_float32_matmul_precision(old)
 
 
 def _blocks(x, matrix, dim, block):
@@ -266,10 +274,11 @@ def int_matmul(a, b, route="int8"):
         raise ValueError(f"integer layers run on cpu and cuda, not on {a.device.type}; use --device cpu")
     m, o = a.shape[0], b.shape[1]
     acc = 0
-    # cuBLASLt wants more than 16 rows and multiples of 8 elsewhere: padding with zeros changes no sum.
+    # cuBLASLt wants more than 16 rows and multiples of 8 elsewhere: padding with zeros changes no sum. It also wants the
+    # second operand stored by columns: stored by rows it refuses tall products (204,800 x 32 by 32 x 64, say).
     for low, i in _int8_digits(a):
-        for high, j in _int8_digits(b):
-            part = torch._int_mm(_pad_to(low, 32, 8), _pad_to(high, high.shape[0] + -high.shape[0] % 8, 8))
+        for high, j in _int8_digits(b.T):
+            part = torch._int_mm(_pad_to(low, 32, 8), _pad_to(high.contiguous(), o + -o % 8, 8).T)
             acc = acc + (part[:m, :o] << (i + j))    # int32 wraps around, and the true sum fits: the result is exact
     return acc
 
@@ -661,10 +670,10 @@ def calibrate(student, teacher, batches):
             hook.remove()
 
 
-# Learning rates: of LoRA in units of the layer's mean s_w, of s_w, of s_x. The paper trains 160 walks of 100 updates at
-# batch 2 with 1/2500, 1e-6 and 5e-4. Our runs have a tenth of the updates and larger batches, and want larger steps:
-# experiments/rates.py compares.
-RATES = {"lora": 1 / 25, "s_w": 1e-4, "s_x": 8e-3}
+# Learning rates: of LoRA in units of the layer's mean s_w, of s_w, of s_x, of z_x (in levels of the grid). The paper
+# trains 160 walks of 100 updates at batch 2 with 1/2500, 1e-6 and 5e-4; EfficientDM has 5e-4 for z_x too. Our runs have
+# a tenth of the updates and larger batches, and want larger steps: experiments/rates.py compares.
+RATES = {"lora": 1 / 25, "s_w": 1e-4, "s_x": 8e-3, "z_x": 8e-3}
 
 
 def parameter_groups(model, lr=1.0):
@@ -685,7 +694,9 @@ def parameter_groups(model, lr=1.0):
     if s_w:
         groups.append({"params": s_w, "base_lr": lr * RATES["s_w"] / mean_scale(s_w)})
     if s_x:
-        groups.append({"params": s_x + z_x, "base_lr": lr * RATES["s_x"] / mean_scale(s_x)})
+        groups.append({"params": s_x, "base_lr": lr * RATES["s_x"] / mean_scale(s_x)})
+    if z_x:                                          # no logarithm
+        groups.append({"params": z_x, "base_lr": lr * RATES["z_x"]})
     return groups
 
 

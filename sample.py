@@ -87,6 +87,9 @@ def load_model(path, device="cpu", kind=("float", "quantized")):
         if ckpt["kind"] == "quantized":
             hqdm.quantize_unet(model, **ckpt["quant"], packed=True)
         model.load_state_dict(ckpt["model"])
+        bad = next((name for name, v in model.state_dict().items() if v.is_floating_point() and not v.isfinite().all()), None)
+        if bad:
+            raise ValueError(f"{bad} holds values that are not finite")
     except (RuntimeError, TypeError, KeyError, AttributeError, ValueError, ArithmeticError, IndexError) as e:
         raise ValueError(f"{path} does not fit its own configuration: {str(e).splitlines()[0]}") from None
     return model.float().eval().to(device, memory_format=torch.channels_last)
@@ -189,14 +192,17 @@ def score(images, labels, judge=None):
     """C-FID, C-IS and class accuracy of pictures, by the bundled judge.
 
     images uint8 (N, 3, 32, 32), labels (N,). Returns a dict: c_fid (0 is best), c_is = exp(mean KL(p(y|x) || p(y)))
-    (1 .. 10, Salimans et al. 2016, arXiv 1606.03498), accuracy: share that the judge sees as the class asked for.
+    (1 .. 10, Salimans et al. 2016, arXiv 1606.03498), accuracy: share that the judge sees as the class asked for,
+    None where no class was.
     """
     judge = judge or load_judge()
     logp, features = judge_images(judge, images)
     p = logp.exp()
     kl = (p * (logp - p.mean(dim=0).log())).sum(dim=1).mean()
     c_fid = frechet_distance(features.mean(dim=0), features.T.cov(), judge.mean.cpu().double(), judge.cov.cpu().double())
-    return {"c_fid": c_fid, "c_is": float(kl.exp()), "accuracy": float((logp.argmax(1) == labels).double().mean())}
+    asked = labels < len(CLASSES)
+    accuracy = float((logp.argmax(1) == labels)[asked].double().mean()) if asked.any() else None
+    return {"c_fid": c_fid, "c_is": float(kl.exp()), "accuracy": accuracy}
 
 
 def psnr(images, reference):
@@ -251,6 +257,13 @@ def positive(text):
     return int(text)
 
 
+def natural(text):
+    """argparse type: an integer from 0 up to 2^31 - 1."""
+    if not text.isdigit() or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to {2**31 - 1}")
+    return int(text)
+
+
 def run_cli(main):
     """Run a program: what the user can mend is one line on stderr and exit code 2."""
     try:
@@ -276,7 +289,7 @@ def main(argv=None):
     parser.add_argument("--steps", type=positive, default=50, help="DDIM steps (50)")
     parser.add_argument("--class", dest="label", help=f"one class for all: {', '.join(CLASSES)}, or none")
     parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance; 1 is off (1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (0)")
+    parser.add_argument("--seed", type=natural, default=0, help="of the noise (0)")
     parser.add_argument("--integer", action="store_true", help="run every quantized layer in integer arithmetic")
     parser.add_argument("--score", action="store_true", help="print C-FID, C-IS, class accuracy, PSNR; write them beside --out")
     parser.add_argument("--npz", metavar="FILE", help="write the pictures of the last checkpoint and their labels")
@@ -325,7 +338,8 @@ def main(argv=None):
     if args.score:
         print(f"{'checkpoint':44s} {'C-FID':>7s} {'C-IS':>6s} {'class acc':>9s} {'PSNR dB':>8s}")
         for path, s in scores.items():
-            print(f"{path[-44:]:44s} {s['c_fid']:7.3f} {s['c_is']:6.3f} {s['accuracy']:9.3f} {s['psnr']:8.2f}")
+            accuracy = "-" if s["accuracy"] is None else f"{s['accuracy']:.3f}"
+            print(f"{path[-44:]:44s} {s['c_fid']:7.3f} {s['c_is']:6.3f} {accuracy:>9s} {s['psnr']:8.2f}")
         Path(args.out).with_suffix(".json").write_text(
             json.dumps({"scores": scores, **provenance(args, device, time.time() - began)}, indent=1) + "\n")
 

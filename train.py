@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 
 import hqdm
-from sample import (HERE, draw, load_model, noise_and_labels, pick_device, positive, provenance, read_checkpoint,
+from sample import (HERE, draw, load_model, natural, noise_and_labels, pick_device, positive, provenance, read_checkpoint,
                     run_cli, save_checkpoint, save_grids)
 from unet import UNet, ddim, ddim_timesteps, ddpm_loss
 
@@ -249,6 +249,8 @@ def has_triton():
 def train_teacher(args, device, out):
     """`python train.py`: the float model, its EMA weights saved in half precision."""
     images, labels = (t.to(device) for t in find_data(args.data))
+    args.images = len(images)                       # a setting: a resumed run must not go on with other data
+    state = read_state(args, out)
     torch.manual_seed(args.seed)
     model = UNet().to(device, memory_format=torch.channels_last)
     # The average looks back over the last tenth of the run, whatever its length: 0.9999 at 100,000 steps.
@@ -259,16 +261,17 @@ def train_teacher(args, device, out):
     print(f"float teacher: {sum(p.numel() for p in model.parameters()):,} parameters, {len(images):,} images, "
           f"EMA {max(0.5, 1 - 10 / args.steps):.5f}", flush=True)
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
-    losses, before = restore(args, out, parts), time.time()
+    losses, spent = restore(state, out, parts)
+    began = time.time() - spent
     updates = teacher_updates(model, ema, optimizer, images, labels, args.steps, args.batch, args.seed, len(losses))
-    run_updates(updates, losses, args.steps, args.batch, lambda: store(args, out, parts, losses))
-    seconds = time.time() - before
+    run_updates(updates, losses, args.steps, args.batch, lambda: store(args, out, parts, losses, time.time() - began))
+    seconds = time.time() - began
 
     final = ema.module.eval()
     save_checkpoint(out / "model.pt", kind="float", unet=final.config,
                     model={k: v.half().cpu() if v.is_floating_point() else v.cpu() for k, v in final.state_dict().items()})
     finish(args, device, out, losses, seconds, {"float": load_model(out / "model.pt", device)},
-           {"images": len(images), "bytes": os.path.getsize(out / "model.pt"), "parameters": sum(p.numel() for p in final.parameters())})
+           {"bytes": os.path.getsize(out / "model.pt"), "parameters": sum(p.numel() for p in final.parameters())})
 
 
 # ---------------------------------------------------------------- quantize and distil
@@ -332,8 +335,10 @@ def eps_error(student, pool, batch=250):
 
 def train_quantized(args, device, out):
     """`python train.py --wbits W --abits A`: quantize the teacher, calibrate, distil, fold, pack."""
-    if not args.resume and not Path(args.teacher).is_file():
+    if not Path(args.teacher).is_file():
         raise FileNotFoundError(f"no teacher at {args.teacher}; train one with: python train.py")
+    args.teacher_md5 = hashlib.md5(Path(args.teacher).read_bytes()).hexdigest()      # the same teacher, wherever it lies
+    state = read_state(args, out)
     teacher = load_model(args.teacher, device, kind=("float",)).requires_grad_(False)
     short = device.type == "cpu"
     student = copy.deepcopy(teacher)
@@ -354,7 +359,8 @@ def train_quantized(args, device, out):
 
     optimizer = torch.optim.AdamW(hqdm.parameter_groups(student, args.lr), weight_decay=0.0, fused=device.type == "cuda")
     parts = {"model": student, "optimizer": optimizer}
-    losses = restore(args, out, parts)
+    losses, spent = restore(state, out, parts)
+    began -= spent
     if args.order == "pool":
         pool = make_pool(teacher, 16 if short else 1024, args.ddim_steps, seed=args.seed + 3_000_000)
         batches = pool_batches(pool, args.batch, args.steps, args.seed, first=len(losses))
@@ -362,7 +368,7 @@ def train_quantized(args, device, out):
         batches = trajectory_batches(teacher, args.batch, args.steps, args.ddim_steps, args.seed, first=len(losses))
     print(f"training ({time.time() - began:.0f} s)", flush=True)
     updates = distil_updates(student, optimizer, batches, args.steps, first=len(losses))
-    run_updates(updates, losses, args.steps, args.batch, lambda: store(args, out, parts, losses))
+    run_updates(updates, losses, args.steps, args.batch, lambda: store(args, out, parts, losses, time.time() - began))
 
     hqdm.freeze(student)                            # fold LoRA in, round for good, pack two 4-bit weights a byte
     after = eps_error(student, test)
@@ -379,33 +385,40 @@ def train_quantized(args, device, out):
 
 def settings(args):
     """What must be equal for a run to be resumed."""
-    return {k: v for k, v in vars(args).items() if k not in ("resume", "out", "device", "data")}
+    return {k: v for k, v in vars(args).items() if k not in ("resume", "out", "device", "data", "teacher")}
 
 
-def store(args, out, parts, losses):
+def store(args, out, parts, losses, seconds):
     """runs/NAME/last.pt: everything that --resume needs."""
-    save_checkpoint(out / "last.pt", kind="training", settings=settings(args), losses=list(losses),
+    save_checkpoint(out / "last.pt", kind="training", settings=settings(args), losses=list(losses), seconds=seconds,
                     **{name: part.state_dict() for name, part in parts.items()})
 
 
-def restore(args, out, parts):
-    """Fill the parts from last.pt where --resume was given; return the losses so far (an empty list for a new run)."""
+def read_state(args, out):
+    """last.pt where --resume was given, else None. ValueError where it was made with other settings: before any work."""
     if not args.resume:
-        return []
-    ckpt = read_checkpoint(out / "last.pt", kind=("training",))
-    if not isinstance(ckpt.get("settings"), dict) or not isinstance(ckpt.get("losses"), list) or len(ckpt["losses"]) > args.steps:
+        return None
+    state = read_checkpoint(out / "last.pt", kind=("training",))
+    if not isinstance(state.get("settings"), dict) or not isinstance(state.get("losses"), list) or len(state["losses"]) > args.steps:
         raise ValueError(f"{out / 'last.pt'} is not the state of a run")
-    wrong = [f"--{k.replace('_', '-')} {v} (was {ckpt['settings'].get(k)})"
-             for k, v in settings(args).items() if ckpt["settings"].get(k) != v]
+    wrong = [f"--{k.replace('_', '-')} {v} (was {state['settings'].get(k)})"
+             for k, v in settings(args).items() if state["settings"].get(k) != v]
     if wrong:
         raise ValueError(f"{out / 'last.pt'} was made with other settings: {', '.join(wrong)}")
+    return state
+
+
+def restore(state, out, parts):
+    """Fill the parts from the state. Returns the losses so far and the seconds they took: [], 0 for a new run."""
+    if state is None:
+        return [], 0.0
     try:
         for name, part in parts.items():
-            part.load_state_dict(ckpt[name])
+            part.load_state_dict(state[name])
+        print(f"resumed {out / 'last.pt'} at step {len(state['losses'])}", flush=True)
+        return state["losses"], float(state["seconds"])
     except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as e:
         raise ValueError(f"{out / 'last.pt'} does not fit this run: {str(e).splitlines()[0]}") from None
-    print(f"resumed {out / 'last.pt'} at step {len(ckpt['losses'])}", flush=True)
-    return ckpt["losses"]
 
 
 def finish(args, device, out, losses, seconds, models, more):
@@ -463,7 +476,7 @@ def main(argv=None):
     training.add_argument("--steps", type=positive, help="updates (defaults depend on the device and are printed)")
     training.add_argument("--batch", type=positive, help="images an update")
     training.add_argument("--lr", type=float, help="teacher: the learning rate; HQ-DM: a factor of its three rates (1)")
-    training.add_argument("--seed", type=int, default=0)
+    training.add_argument("--seed", type=natural, default=0)
     files = parser.add_argument_group("files and device")
     files.add_argument("--teacher", default=str(HERE / "checkpoints" / "teacher.pt"), help="float checkpoint to quantize")
     files.add_argument("--data", help="folder with CIFAR-10's .bin files, or the address of their archive (data)")

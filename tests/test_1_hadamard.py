@@ -85,13 +85,25 @@ def test_block_that_does_not_divide_is_refused_with_choices():
         hqdm.hadamard(torch.zeros(1, 48, 2, 2), block=24)
 
 
-def test_no_tf32_inside(monkeypatch):
+def wish():
+    """(what this program asked of float32 matrix products, what "no TF32" is called), in old and new torch."""
+    matmul = torch.backends.cuda.matmul
+    return (matmul.fp32_precision, "ieee") if hasattr(matmul, "fp32_precision") else (torch.get_float32_matmul_precision(), "highest")
+
+
+@pytest.mark.parametrize("api", ["old", "new"])
+def test_no_tf32_inside(api, monkeypatch):
     """Whatever precision the program asks for elsewhere, H x is computed in full float32, and the wish is restored."""
     seen, real = [], hqdm._blocks
-    monkeypatch.setattr(hqdm, "_blocks", lambda *args: seen.append(torch.get_float32_matmul_precision()) or real(*args))
-    torch.set_float32_matmul_precision("medium")
+    monkeypatch.setattr(hqdm, "_blocks", lambda *args: seen.append(wish()) or real(*args))
+    if api == "old":
+        torch.set_float32_matmul_precision("medium")
+    elif hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        torch.backends.cuda.matmul.fp32_precision = "tf32"       # from here on torch refuses to read the old setting
+    before = wish()[0]
     try:
         hqdm.hadamard(torch.randn(2, 32), 1, 32)
-        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "medium"
+        assert [asked == full for asked, full in seen] == [True] and wish()[0] == before
+        assert api == "new" or torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")

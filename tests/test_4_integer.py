@@ -45,6 +45,13 @@ def test_floats_are_refused():
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_tall_products(device):
+    """As many rows as 70 pictures have pixels: some matrix units refuse that where an operand lies the wrong way round."""
+    a, b = torch.randint(-7, 8, (70_000, 27), dtype=torch.int16), torch.randint(-480, 481, (27, 12), dtype=torch.int16)
+    assert torch.equal(hqdm.int_matmul(a.to(device), b.to(device)).cpu().long(), a.long() @ b.long())
+
+
 def check(layer, x, device):
     """All routes to the accumulator agree, and so do the outputs, before and after freezing."""
     layer, x = layer.to(device), x.to(device)

@@ -151,6 +151,8 @@ def test_bad_checkpoints_are_refused_and_not_run(tmp_path):
     refused("not a checkpoint of this project")
     sample.save_checkpoint(path, **{**good, "unet": {**good["unet"], "channels": 64}})
     refused("does not fit its own configuration")
+    sample.save_checkpoint(path, **{**good, "model": {**good["model"], "conv_in.bias": torch.full((32,), math.nan)}})
+    refused("conv_in.bias holds values that are not finite")
     sample.save_checkpoint(path, kind="judge", model={})
     refused("'judge' checkpoint")
     path.unlink()
@@ -202,6 +204,7 @@ def test_inception_score_by_hand(p, expected):
     judge.p, judge.cov = p, torch.eye(256)
     scores = sample.score(torch.zeros(20, 3, 32, 32, dtype=torch.uint8), p.argmax(1), judge)
     assert math.isclose(scores["c_is"], expected, rel_tol=1e-5) and scores["accuracy"] == 1
+    assert sample.score(torch.zeros(20, 3, 32, 32, dtype=torch.uint8), torch.full((20,), 10), judge)["accuracy"] is None     # no class asked for
     features = judge(torch.zeros(20, 1))[1].double().numpy()
     cov = torch.from_numpy(np.cov(features, rowvar=False))
     expected = sample.frechet_distance(torch.from_numpy(features.mean(0)), cov, torch.zeros(256).double(), torch.eye(256).double())
@@ -271,7 +274,7 @@ def checkpoint(tmp_path):
 @pytest.mark.parametrize("argv, message", [
     (["--class", "dragon"], "choose from airplane"), (["-n", "0"], "not a positive number"), (["-n", "1", "--score"], "-n 2 or more"), (["--out", ""], "cannot write"), (["-n", "-3"], "not a positive number"),
     (["--steps", "0"], "not a positive number"), (["--steps", "1001"], "outside 1 .. 1000"), (["--out", "/no/such/folder/x.png"], "cannot write"),
-    (["--npz", "/"], "cannot write"), (["--guidance", "nan"], "guidance"), (["--device", "tpu"], "choose from cpu"), (["no-such.pt"], "no checkpoint")])
+    (["--seed", "-1"], "not a number from 0"), (["--seed", "9" * 30], "not a number from 0"), (["--npz", "/"], "cannot write"), (["--guidance", "nan"], "guidance"), (["--device", "tpu"], "choose from cpu"), (["no-such.pt"], "no checkpoint")])
 def test_bad_input_is_one_line_and_exit_code_2(argv, message, checkpoint, capsys):
     argv = argv if argv[0] == "no-such.pt" else [checkpoint, "--device", "cpu", "--out", checkpoint.with_name("s.png")] + argv
     code, err = run(capsys, *argv)

@@ -140,9 +140,10 @@ def test_learning_rates():
     first = hqdm.layers(student)[0]
     assert math.isclose(groups[0]["base_lr"], 2 * hqdm.RATES["lora"] * first.log_s_w.exp().mean().item(), rel_tol=1e-5)
     scales = torch.cat([layer.log_s_w.exp().flatten() for layer in hqdm.layers(student)])
-    assert math.isclose(groups[-2]["base_lr"], 2 * hqdm.RATES["s_w"] / scales.mean().item(), rel_tol=1e-5)
+    assert math.isclose(groups[-3]["base_lr"], 2 * hqdm.RATES["s_w"] / scales.mean().item(), rel_tol=1e-5)
     scales = torch.cat([layer.log_s_x.exp() for layer in hqdm.layers(student)])
-    assert math.isclose(groups[-1]["base_lr"], 2 * hqdm.RATES["s_x"] / scales.mean().item(), rel_tol=1e-5)
+    assert math.isclose(groups[-2]["base_lr"], 2 * hqdm.RATES["s_x"] / scales.mean().item(), rel_tol=1e-5)
+    assert groups[-1] == {"params": [l.z_x for l in hqdm.layers(student) if hasattr(l, "z_x")], "base_lr": 2 * hqdm.RATES["z_x"]}
     trained = {id(p) for g in groups for p in g["params"]}
     assert trained == {id(p) for p in student.parameters() if p.requires_grad}
 
@@ -192,10 +193,13 @@ def test_resume_is_exact(kind, finished, teacher_file, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train.main(argv + [str(tmp_path / "cut")])
     monkeypatch.setattr(train, "update", real)
-    assert len(sample.read_checkpoint(tmp_path / "cut" / "last.pt")["losses"]) == 5
+    state = sample.read_checkpoint(tmp_path / "cut" / "last.pt")
+    assert len(state["losses"]) == 5 and 0 < state["seconds"] < 100
+    sample.save_checkpoint(tmp_path / "cut" / "last.pt", **{k: v for k, v in state.items() if k != "format"} | {"seconds": 1000.0})
     train.main(argv + [str(tmp_path / "cut"), "--resume"])
-    losses = [json.loads((out / "metrics.json").read_text())["losses"] for out in (whole, tmp_path / "cut")]
-    assert losses[0] == losses[1]
+    runs = [json.loads((out / "metrics.json").read_text()) for out in (whole, tmp_path / "cut")]
+    assert runs[0]["losses"] == runs[1]["losses"]
+    assert runs[1]["seconds"] >= 1000                            # the first part took that long, it says
     a, b = (sample.read_checkpoint(out / "model.pt")["model"] for out in (whole, tmp_path / "cut"))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
@@ -294,13 +298,17 @@ def test_bad_input_is_one_line_and_exit_code_2(more, message, teacher_file, tmp_
     assert stop.value.code == 2 and message in err.splitlines()[-1] and "Traceback" not in err
 
 
-def test_a_run_is_never_written_over(finished, teacher_file, capsys):
+def test_a_run_is_never_written_over(finished, teacher_file, tmp_path, capsys):
     """--out of a finished run, and --resume with other settings: refused, and every file stays as it was."""
     before = {p.name: p.read_bytes() for p in finished.iterdir()}
     for more, message in (([], "already holds a run"), (["--resume", "--seed", "1"], "--seed 1 (was 0)")):
         with pytest.raises(SystemExit) as stop:
             train.run_cli(lambda: train.main(arguments(teacher_file, finished, *more)))
         assert stop.value.code == 2 and message in capsys.readouterr().err
+    sample.save_checkpoint(tmp_path / "other.pt", kind="float", unet=small_unet(1).config, model=small_unet(1).state_dict())
+    with pytest.raises(ValueError, match="other settings: --teacher-md5"):
+        train.main(arguments(tmp_path / "other.pt", finished, "--resume"))
+    assert "drawing" not in capsys.readouterr().out              # refused before the work
     assert before == {p.name: p.read_bytes() for p in finished.iterdir()}
 
 
