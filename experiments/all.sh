@@ -7,7 +7,6 @@
 # teacher     train.py -> checkpoints/teacher.pt, experiments/teacher.json (needs data/)
 # quantized   train.py --wbits .. -> runs/NAME, two of them bundled; experiments/NAME.json
 # scores      sample.py --score, exact.py, table.py
-# baseline    experiments/baseline.py -> experiments/baseline.json
 #
 # PARALLEL=4 runs the quantized trainings side by side (12 GB of GPU memory each); the default is one after the other.
 set -euo pipefail
@@ -37,9 +36,7 @@ scores() {
     $PYTHON experiments/table.py --write
 }
 
-baseline() { $PYTHON experiments/baseline.py; }
-
-[ $# -gt 0 ] || { sed -n '2,13p' "$0"; exit 2; }
+[ $# -gt 0 ] || { sed -n '2,12p' "$0"; exit 2; }
 for stage in "$@"; do
-    case $stage in judge|teacher|quantized|scores|baseline) $stage ;; *) echo "error: no stage $stage" >&2; exit 2 ;; esac
+    case $stage in judge|teacher|quantized|scores) $stage ;; *) echo "error: no stage $stage" >&2; exit 2 ;; esac
 done

@@ -1,9 +1,11 @@
-"""Compare learning rates of the quantized training: short W4A3 runs from one start, on the same batches.
+"""Compare learning rates and rotations of the quantized training: short W4A3 runs on the same batches.
 
-    python experiments/rates.py      # CPU, 2 cores: about 10 minutes; writes experiments/rates.json
+    python experiments/rates.py      # writes experiments/rates.json
 
-Each row multiplies hqdm.RATES (LoRA, s_w, s_x) by three factors and reports the eps error on unseen noises. The paper's
-own rates are the row (0.01, 0.01, 1/16). One seed and 100 updates a row: differences under 2 % mean nothing.
+Each row multiplies hqdm.RATES (LoRA, s_w, s_x, z_x) by four factors and reports the eps error on unseen noises, untrained
+and trained. The paper's own rates are the row (0.01, 0.01, 1/16, 1/16). The last rows ask how strong the baseline without
+the transform is, and what its zero points add: they are rounded, so one must travel half a level before anything changes.
+One seed and 100 updates a row: differences under 2 % mean nothing.
 """
 import argparse
 import copy
@@ -20,7 +22,9 @@ from sample import load_model, pick_device, positive, provenance, run_cli  # noq
 from train import HERE, distil_updates, eps_error, make_pool, pool_batches  # noqa: E402
 from unet import ddim_timesteps  # noqa: E402
 
-FACTORS = [(0.01, 0.01, 1 / 16), (0.1, 0.1, 1), (1, 1, 1), (1, 1, 4), (1, 1, 0.25), (4, 1, 1), (1, 10, 1)]
+ROWS = [("single", factors) for factors in [(0.01, 0.01, 1 / 16, 1 / 16), (0.1, 0.1, 1, 1), (1, 1, 1, 1), (1, 1, 4, 1),
+                                            (1, 1, 0.25, 1), (4, 1, 1, 1), (1, 10, 1, 1)]]
+ROWS += [("double", (1, 1, 1, 1)), ("none", (1, 1, 1, 0)), ("none", (1, 1, 1, 1)), ("none", (1, 1, 1, 4))]
 
 
 def main():
@@ -32,24 +36,22 @@ def main():
     args = parser.parse_args()
     device, start = pick_device(args.device), time.time()
     teacher = load_model(HERE / "checkpoints" / "teacher.pt", device).requires_grad_(False)
-    torch.manual_seed(0)
-    untrained = copy.deepcopy(teacher)
-    hqdm.quantize_unet(untrained, 4, 3, timesteps=ddim_timesteps(args.ddim_steps).tolist())
     calib, pool, test = (make_pool(teacher, n, args.ddim_steps, seed) for n, seed in ((8, 1), (64, 2), (16, 3)))
-    hqdm.calibrate(untrained, teacher, ((x, t.expand(len(x)), calib["y"]) for x, t in zip(calib["x"], calib["t"])))
-    rows = [{"factors": "no training", "eps_error": eps_error(untrained, test)}]
-    print(rows[0], flush=True)
-    for factors in FACTORS:
-        student = copy.deepcopy(untrained)
+    rows = []
+    for rotation, factors in ROWS:
+        torch.manual_seed(0)                         # LoRA's A is drawn at random
+        student = copy.deepcopy(teacher)
+        hqdm.quantize_unet(student, 4, 3, rotation, timesteps=ddim_timesteps(args.ddim_steps).tolist())
+        hqdm.calibrate(student, teacher, ((x, t.expand(len(x)), calib["y"]) for x, t in zip(calib["x"], calib["t"])))
+        row = {"rotation": rotation, "factors": dict(zip(hqdm.RATES, factors)), "eps_error_untrained": eps_error(student, test)}
         groups = hqdm.parameter_groups(student)
-        kind = dict(zip(hqdm.RATES, factors))
         for group in groups:
             name = next(n for n, p in student.named_parameters() if p is group["params"][0]).rpartition(".")[2]
-            group["base_lr"] *= kind["lora" if name == "lora_A" else name.removeprefix("log_")]
+            group["base_lr"] *= row["factors"]["lora" if name == "lora_A" else name.removeprefix("log_")]
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         for _ in distil_updates(student, optimizer, pool_batches(pool, args.batch, args.steps, seed=0), args.steps):
             pass
-        rows.append({"factors": kind, "eps_error": eps_error(student, test)})
+        rows.append({**row, "eps_error": eps_error(student, test)})
         print(rows[-1], flush=True)
     report = {"rates": hqdm.RATES, "rows": rows, **provenance(args, device, time.time() - start)}
     (Path(__file__).parent / "rates.json").write_text(json.dumps(report, indent=1) + "\n")

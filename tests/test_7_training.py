@@ -200,6 +200,10 @@ def test_resume_is_exact(kind, finished, teacher_file, tmp_path, monkeypatch):
     runs = [json.loads((out / "metrics.json").read_text()) for out in (whole, tmp_path / "cut")]
     assert runs[0]["losses"] == runs[1]["losses"]
     assert runs[1]["seconds"] >= 1000                            # the first part took that long, it says
+    if kind == "teacher":                                        # other data than the run began with: refused
+        monkeypatch.setattr(train, "find_data", lambda _: [part[:9] for part in train.load_bundled()])
+        with pytest.raises(ValueError, match="other settings: --images 9"):
+            train.main(argv + [str(tmp_path / "cut"), "--resume"])
     a, b = (sample.read_checkpoint(out / "model.pt")["model"] for out in (whole, tmp_path / "cut"))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
