@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
 # Everything behind the README's numbers, in stages; each can be run alone, from the repository's root:
 #
-#   bash experiments/all.sh judge teacher quantized scores
+#   bash experiments/all.sh judge teacher quantized scores curve
 #
 # judge       experiments/judge.py -> checkpoints/judge.pt, experiments/judge.json (needs data/)
 # teacher     train.py -> checkpoints/teacher.pt, experiments/teacher.json (needs data/)
 # quantized   train.py --wbits .. -> runs/NAME, two of them bundled; experiments/NAME.json
 # scores      sample.py --score, exact.py, table.py
+# curve       15 shorter W4A3 trainings, also in the paper's order of steps -> experiments/curve.json, curve.png
 #
-# PARALLEL=4 runs the quantized trainings side by side (12 GB of GPU memory each); the default is one after the other.
+# PARALLEL=3 runs trainings side by side (12 GB of GPU memory each); the default is one after the other. The run whose
+# seconds the README gives, W4A3 single, has the GPU to itself.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3} PARALLEL=${PARALLEL:-1}
@@ -23,7 +25,8 @@ teacher() {
 }
 
 quantized() {
-    printf '%s\n' "4 3 none" "4 3 double" "4 3 single" "4 4 single" |
+    $PYTHON train.py --wbits 4 --abits 3 --rotation single --out runs/w4a3-single
+    printf '%s\n' "4 3 none" "4 3 double" "4 4 single" |
         xargs -P "$PARALLEL" -L 1 sh -c "$PYTHON train.py --wbits \$0 --abits \$1 --rotation \$2 --out runs/w\$0a\$1-\$2"
     for name in w4a3-none w4a3-double w4a3-single w4a4-single; do cp runs/$name/metrics.json experiments/$name.json; done
     for name in w4a3-none w4a3-single; do cp runs/$name/model.pt checkpoints/$name.pt; done
@@ -32,11 +35,23 @@ quantized() {
 scores() {
     $PYTHON sample.py checkpoints/teacher.pt checkpoints/w4a3-none.pt runs/w4a3-double/model.pt checkpoints/w4a3-single.pt \
         runs/w4a4-single/model.pt --score -n 5000 --out experiments/scores.png
-    $PYTHON experiments/exact.py checkpoints/w4a3-none.pt checkpoints/w4a3-single.pt -n 200
+    $PYTHON experiments/exact.py checkpoints/w4a3-none.pt checkpoints/w4a3-single.pt -n 100
     $PYTHON experiments/table.py --write
 }
 
-[ $# -gt 0 ] || { sed -n '2,12p' "$0"; exit 2; }
+curve() {
+    train="$PYTHON train.py --wbits 4 --abits 3" models=checkpoints/teacher.pt
+    for run in "trajectory 500" "pool 300" "pool 100" "pool 30" "pool 1"; do
+        for rotation in none double single; do echo "$rotation $run"; done
+    done | xargs -P "$PARALLEL" -L 1 sh -c "$train --rotation \$0 --order \$1 --steps \$2 --out runs/curve/\$0-\$1-\$2"
+    for rotation in none double single; do
+        models+=" $(echo runs/curve/$rotation-{pool-1,pool-30,pool-100,pool-300,trajectory-500}/model.pt) runs/w4a3-$rotation/model.pt"
+    done
+    $PYTHON sample.py $models --score -n 2000 --out runs/curve/scores.png
+    $PYTHON experiments/curve.py
+}
+
+[ $# -gt 0 ] || { sed -n '2,14p' "$0"; exit 2; }
 for stage in "$@"; do
-    case $stage in judge|teacher|quantized|scores) $stage ;; *) echo "error: no stage $stage" >&2; exit 2 ;; esac
+    case $stage in judge|teacher|quantized|scores|curve) $stage ;; *) echo "error: no stage $stage" >&2; exit 2 ;; esac
 done

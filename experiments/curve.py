@@ -1,0 +1,53 @@
+"""What training does to the three rotations: scores after 1 .. 1,000 updates, and in the paper's order of steps.
+
+    python experiments/curve.py      # reads runs/, writes experiments/curve.json and curve.png
+
+The runs and their scores come from `bash experiments/all.sh quantized curve`: W4A3, seed 0, one run a point.
+"""
+import json
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+RUNS = HERE.parent / "runs"
+COLOURS = {"none": "C3", "double": "C0", "single": "C2"}
+
+
+def collect():
+    """One row a run: rotation, order, updates, eps error, its scores."""
+    report, rows = json.loads((RUNS / "curve" / "scores.json").read_text()), []
+    for path, scores in report.pop("scores").items():
+        if path == "checkpoints/teacher.pt":
+            report["teacher"] = scores
+            continue
+        run = json.loads((HERE.parent / path).with_name("metrics.json").read_text())
+        rows.append({**{key: run["settings"][key] for key in ("rotation", "order", "steps")}, "eps_error": run["eps_error"], **scores})
+    return {"rows": rows, **report}
+
+
+def plot(report, path):
+    """C-FID and C-IS against updates: lines for the pool, crosses for the paper's order, dashes for the float model."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for ax, key, title in zip(axes, ("c_fid", "c_is"), ("C-FID (lower is better)", "C-IS (higher is better)")):
+        for rotation, colour in COLOURS.items():
+            for order, style in (("pool", "o-"), ("trajectory", "x")):
+                points = sorted((r["steps"], r[key]) for r in report["rows"] if (r["rotation"], r["order"]) == (rotation, order))
+                ax.plot(*zip(*points), style, color=colour, label=rotation if order == "pool" else None, markersize=5 if order == "pool" else 9)
+        ax.axhline(report["teacher"][key], color="0.4", linestyle="--", linewidth=1, label="float")
+        ax.set(xscale="log", xlabel="updates (x: 500 in trajectory order)", title=title, yscale="log" if key == "c_fid" else "linear")
+    axes[0].legend()
+    fig.savefig(path, dpi=110)
+
+
+def main():
+    report = collect()
+    (HERE / "curve.json").write_text(json.dumps(report, indent=1) + "\n")
+    plot(report, HERE / "curve.png")
+    for r in sorted(report["rows"], key=lambda r: (r["order"], r["steps"])):
+        print(f"{r['order']:10s} {r['steps']:5d} {r['rotation']:6s} C-FID {r['c_fid']:6.1f}  C-IS {r['c_is']:.2f}  eps error {r['eps_error']:.5f}")
+
+
+if __name__ == "__main__":
+    main()
