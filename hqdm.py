@@ -672,7 +672,7 @@ def calibrate(student, teacher, batches):
 
 # Learning rates: of LoRA in units of the layer's mean s_w, of s_w, of s_x, of z_x (in levels of the grid). The paper
 # trains 160 walks of 100 updates at batch 2 with 1/2500, 1e-6 and 5e-4; EfficientDM has 5e-4 for z_x too. Our runs have
-# a tenth of the updates and larger batches, and want larger steps: experiments/rates.py compares.
+# a sixteenth of the updates and larger batches, and want larger steps: experiments/rates.py compares.
 RATES = {"lora": 1 / 25, "s_w": 1e-4, "s_x": 8e-3, "z_x": 8e-3}
 
 

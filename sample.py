@@ -268,7 +268,10 @@ def run_cli(main):
     """Run a program: what the user can mend is one line on stderr and exit code 2."""
     try:
         main()
-    except (ValueError, OSError, FloatingPointError, torch.cuda.OutOfMemoryError) as e:
+    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as e:
+        # A GPU without memory has a type of its own (a RuntimeError), a CPU without it only says so: "can't allocate memory".
+        if type(e) is RuntimeError and "allocate memory" not in str(e):
+            raise                                    # a fault of ours: with its traceback, please
         print(f"error: {str(e).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
 

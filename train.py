@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import socket
 import sys
@@ -446,6 +447,9 @@ def open_out(args, name):
     """The run's folder. A folder that holds a run is never written over: without --out a new name, with --out an error."""
     out = Path(args.out or Path("runs") / name)
     if args.resume:
+        if not args.out:                            # NAME, NAME-2, ..: the one that was written last
+            runs = [p.parent for p in out.parent.glob(f"{out.name}*/last.pt") if re.fullmatch(rf"{out.name}(-\d+)?", p.parent.name)]
+            out = max(runs, key=lambda p: (p / "last.pt").stat().st_mtime, default=out)
         if not (out / "last.pt").is_file():
             raise FileNotFoundError(f"nothing to resume in {out}: it has no last.pt")
         return out
@@ -481,7 +485,7 @@ def main(argv=None):
     files.add_argument("--teacher", default=str(HERE / "checkpoints" / "teacher.pt"), help="float checkpoint to quantize")
     files.add_argument("--data", help="folder with CIFAR-10's .bin files, or the address of their archive (data)")
     files.add_argument("--out", help="folder of the run (runs/NAME)")
-    files.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    files.add_argument("--resume", action="store_true", help="go on with the run in --out, or with the latest of its name")
     files.add_argument("--device", help="cpu, cuda or mps (the fastest one here)")
     args = parser.parse_args(argv)
 

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Everything behind the README's numbers, in stages; each can be run alone, from the repository's root:
 #
-#   bash experiments/all.sh judge teacher quantized scores curve
+#   bash experiments/all.sh judge teacher quantized scores curve pictures
 #
 # judge       experiments/judge.py -> checkpoints/judge.pt, experiments/judge.json (needs data/)
 # teacher     train.py -> checkpoints/teacher.pt, experiments/teacher.json (needs data/)
 # quantized   train.py --wbits .. -> runs/NAME, two of them bundled; experiments/NAME.json
 # scores      sample.py --score, exact.py, table.py
+# pictures    two models after one update beside the trained ones -> experiments/pictures.png
 # curve       15 shorter W4A3 trainings, also in the paper's order of steps -> experiments/curve.json, curve.png
 #
 # PARALLEL=3 runs trainings side by side (12 GB of GPU memory each); the default is one after the other. The run whose
@@ -35,7 +36,7 @@ quantized() {
 scores() {
     $PYTHON sample.py checkpoints/teacher.pt checkpoints/w4a3-none.pt runs/w4a3-double/model.pt checkpoints/w4a3-single.pt \
         runs/w4a4-single/model.pt --score -n 5000 --out experiments/scores.png
-    $PYTHON experiments/exact.py checkpoints/w4a3-none.pt checkpoints/w4a3-single.pt -n 100
+    $PYTHON experiments/exact.py checkpoints/w4a3-none.pt checkpoints/w4a3-single.pt runs/w4a3-double/model.pt -n 16 --device cpu
     $PYTHON experiments/table.py --write
 }
 
@@ -51,7 +52,15 @@ curve() {
     $PYTHON experiments/curve.py
 }
 
-[ $# -gt 0 ] || { sed -n '2,14p' "$0"; exit 2; }
+pictures() {
+    for rotation in none single; do
+        $PYTHON train.py --wbits 4 --abits 3 --rotation $rotation --steps 1 --ddim-steps 50 --out runs/one-update-$rotation
+    done
+    $PYTHON sample.py checkpoints/teacher.pt runs/one-update-{none,single}/model.pt checkpoints/w4a3-{none,single}.pt -n 16 \
+        --out experiments/pictures.png
+}
+
+[ $# -gt 0 ] || { sed -n '2,15p' "$0"; exit 2; }
 for stage in "$@"; do
-    case $stage in judge|teacher|quantized|scores|curve) $stage ;; *) echo "error: no stage $stage" >&2; exit 2 ;; esac
+    case $stage in judge|teacher|quantized|scores|curve|pictures) $stage ;; *) echo "error: no stage $stage" >&2; exit 2 ;; esac
 done

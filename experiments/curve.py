@@ -36,7 +36,7 @@ def plot(report, path):
                 points = sorted((r["steps"], r[key]) for r in report["rows"] if (r["rotation"], r["order"]) == (rotation, order))
                 ax.plot(*zip(*points), style, color=colour, label=rotation if order == "pool" else None, markersize=5 if order == "pool" else 9)
         ax.axhline(report["teacher"][key], color="0.4", linestyle="--", linewidth=1, label="float")
-        ax.set(xscale="log", xlabel="updates (x: 500 in trajectory order)", title=title, yscale="log" if key == "c_fid" else "linear")
+        ax.set(xscale="log", xlabel="updates (crosses: in the paper's order of steps)", title=title, yscale="log" if key == "c_fid" else "linear")
     axes[0].legend()
     fig.savefig(path, dpi=110)
 

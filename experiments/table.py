@@ -1,9 +1,10 @@
-"""Make the README's table from the JSON files beside this one: no number in it is typed by hand.
+"""Make the README's table and its sentence on exactness from the JSON files beside this one: no number in them is typed by hand.
 
-    python experiments/table.py            # print it
-    python experiments/table.py --write    # put it into README.md, between its two markers
+    python experiments/table.py            # print them
+    python experiments/table.py --write    # put them into README.md, each between its two markers
 
-scores.json is what sample.py --score wrote; NAME.json is the metrics.json of the run that made each checkpoint.
+scores.json is what sample.py --score wrote, NAME.json the metrics.json of the run that made each checkpoint,
+exact-cpu.json what exact.py counted.
 """
 import json
 import sys
@@ -11,7 +12,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
-START, END = "<!-- table: experiments/table.py -->\n", "<!-- end of table -->\n"
+
+
+def read(name):
+    return json.loads((HERE / name).read_text())
 
 
 def name_of(path):
@@ -20,14 +24,14 @@ def name_of(path):
     return path.parent.name if path.stem == "model" else path.stem
 
 
-def table():
+def results():
     """Markdown: one row a checkpoint, from scores.json and the runs' metrics."""
-    report = json.loads((HERE / "scores.json").read_text())
+    report = read("scores.json")
     lines = ["| model | C-FID | C-IS | class accuracy | PSNR dB | eps error, untrained -> trained | MB | training s |",
              "|---|---|---|---|---|---|---|---|"]
     first, scores = next(iter(report["scores"].values())), report["scores"]
     for path, s in scores.items():
-        run = json.loads((HERE / f"{name_of(path)}.json").read_text())
+        run = read(f"{name_of(path)}.json")
         quantized = "eps_error" in run
         psnr = f"{s['psnr']:.1f}" if quantized else ""
         error = f"{run['eps_error_untrained']:.4f} -> {run['eps_error']:.4f}" if quantized else ""
@@ -39,13 +43,36 @@ def table():
     return "\n".join(lines) + "\n"
 
 
+def exact():
+    """Markdown: one sentence on integer against fake-quantized arithmetic, from exact-cpu.json."""
+    report = read("exact-cpu.json")
+    rows = report["checkpoints"].values()
+    sums, pictures = sum(r["sums"] for r in rows), sum(2 * r["pictures"] for r in rows)
+    bad = sum(r["sums_that_differ"] for r in rows), sum(r["pictures_that_differ_A"] + r["pictures_that_differ_B"] for r in rows)
+    return (f"Integer against fake-quantized arithmetic, {', '.join(map(name_of, report['checkpoints']))}, on a CPU: {bad[0]} of {sums:,} sums and "
+            f"{bad[1]} of {pictures} pictures differ.\n")
+
+
+SECTIONS = {"results": results, "exact": exact}
+
+
+def markers(name):
+    return f"<!-- {name}: experiments/table.py -->\n", f"<!-- end of {name} -->\n"
+
+
 def main():
-    text = table()
-    if "--write" not in sys.argv:
-        print(text, end="")
-        return
-    head, _, rest = README.read_text().partition(START)
-    README.write_text(head + START + text + END + rest.partition(END)[2])
+    text = README.read_text()
+    for name, make in SECTIONS.items():
+        start, end = markers(name)
+        if "--write" not in sys.argv:
+            print(make())
+        elif start not in text or end not in text:
+            sys.exit(f"README.md has no markers for {name}")
+        else:
+            head, _, rest = text.partition(start)
+            text = head + start + make() + end + rest.partition(end)[2]
+    if "--write" in sys.argv:
+        README.write_text(text)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, needs_models, small_unet
+from conftest import ROOT, small_unet
 from torch.testing import assert_close
 
 import hqdm
@@ -235,7 +235,6 @@ def test_the_judge_knows_real_images():
     assert sample.read_checkpoint(ROOT / "checkpoints/judge.pt")["test_accuracy"] >= 0.94
 
 
-@needs_models
 @pytest.mark.parametrize("name", BUNDLED)
 def test_bundled_models_load_and_are_small(name):
     model = sample.load_model(ROOT / "checkpoints" / name)
@@ -243,7 +242,6 @@ def test_bundled_models_load_and_are_small(name):
     assert (ROOT / "checkpoints" / name).stat().st_size <= (6e6 if name.startswith("w4") else 19e6)
 
 
-@needs_models
 def test_bundled_integer_pictures():
     """The real W4A3 model at full size: every picture the same bytes from integers as from fake quantization."""
     model = sample.load_model(ROOT / "checkpoints/w4a3-single.pt")
@@ -292,7 +290,6 @@ def test_files_that_sample_writes(checkpoint, tmp_path, capsys):
     assert report["scores"][str(checkpoint)]["psnr"] == 99 and report["hardware"] and report["date"]
 
 
-@needs_models
 def test_integer_flag_keeps_float_models_as_they_are(tmp_path, capsys):
     """`python sample.py --integer`: the teacher in float beside the W4A3 model in integers."""
     assert run(capsys, "--integer", "-n", 1, "--steps", 1, "--out", tmp_path / "s.png", "--device", "cpu") == (0, "")

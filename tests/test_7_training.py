@@ -1,4 +1,5 @@
 """The data, both trainings, resuming, and bad input to train.py."""
+import argparse
 import copy
 import json
 import math
@@ -314,6 +315,34 @@ def test_a_run_is_never_written_over(finished, teacher_file, tmp_path, capsys):
         train.main(arguments(tmp_path / "other.pt", finished, "--resume"))
     assert "drawing" not in capsys.readouterr().out              # refused before the work
     assert before == {p.name: p.read_bytes() for p in finished.iterdir()}
+
+
+def test_resume_without_out_takes_the_latest_run_of_its_name(tmp_path, monkeypatch):
+    """A second run without --out goes to NAME-2; --resume without --out goes on with the one written last, not with NAME-other."""
+    monkeypatch.chdir(tmp_path)
+    args = argparse.Namespace(out=None, resume=False)
+    folders = [train.open_out(args, "w4a3")]
+    for seconds, name in enumerate(("last.pt", "last.pt", "last.pt")):
+        (folders[-1] / name).touch()
+        os.utime(folders[-1] / name, (seconds, seconds))
+        folders.append(train.open_out(args, "w4a3"))
+    (tmp_path / "runs" / "w4a3-other").mkdir()
+    (tmp_path / "runs" / "w4a3-other" / "last.pt").touch()
+    args.resume = True
+    assert [f.name for f in folders] == ["w4a3", "w4a3-2", "w4a3-3", "w4a3-4"] and train.open_out(args, "w4a3").name == "w4a3-3"
+
+
+def test_lack_of_memory_is_one_line(capsys):
+    """On a CPU torch has no type for it, on a GPU it has; a RuntimeError of another kind is a fault and keeps its traceback."""
+    def fail(error):
+        raise error
+    for work in (lambda: torch.empty(10**15), lambda: fail(torch.cuda.OutOfMemoryError("can't: out of memory"))):
+        with pytest.raises(SystemExit) as stop:
+            sample.run_cli(work)
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and "memory" in err and len(err.splitlines()) == 1
+    with pytest.raises(RuntimeError, match="a fault"):
+        sample.run_cli(lambda: fail(RuntimeError("a fault")))
 
 
 def test_a_polite_kill_saves_and_the_run_goes_on(finished, teacher_file, tmp_path, monkeypatch):
