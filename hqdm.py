@@ -439,6 +439,8 @@ class HQLayer(nn.Module):
         if kept and self._cache and self._cache[0] is self.q_w:  # another tensor after .to(device)
             return self._cache[1]
         q, s = self.quantize_weight()
+        if q.ndim == 4:                                          # as the images: walsh becomes one tall product, and
+            q = q.contiguous(memory_format=torch.channels_last)  # the convolution need not reorder it
         if self.rotation == "single":
             q, s = walsh(q, 1, self.block), s / math.sqrt(self.block)
         self._cache = (self.q_w, (q, s)) if kept else None
@@ -553,14 +555,16 @@ class HQConv2d(HQLayer):
         self.stride, self.padding = layer.stride[0], layer.padding[0]
         super().__init__(layer, *args, **kwargs)
 
+    def forward(self, x):
+        return super().forward(x.contiguous(memory_format=torch.channels_last))      # a pixel's channels side by side, for H
+
     def multiply(self, q_x, q_w):
         return F.conv2d(q_x, q_w, stride=self.stride, padding=self.padding)
 
     def multiply_int(self, q_x, q_w, route="int8"):
         acc = int_conv2d(q_x, q_w, self.stride, self.padding, route)
-        # The memory format that conv2d would have given: what comes next adds in the order of memory.
-        last = q_x.is_contiguous(memory_format=torch.channels_last)
-        return acc.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        # The memory format that conv2d gives too: what comes next adds in the order of memory.
+        return acc.contiguous(memory_format=torch.channels_last)
 
 
 class HQLinear(HQLayer):

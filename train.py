@@ -258,7 +258,7 @@ def train_teacher(args, device, out):
     ema = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(max(0.5, 1 - 10 / args.steps)))
     optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "base_lr": args.lr}], lr=args.lr,
-                                  weight_decay=0.0, fused=device.type == "cuda")
+                                  weight_decay=0.0, fused=device.type in ("cuda", "cpu"))
     print(f"float teacher: {sum(p.numel() for p in model.parameters()):,} parameters, {len(images):,} images, "
           f"EMA {max(0.5, 1 - 10 / args.steps):.5f}", flush=True)
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
@@ -358,7 +358,7 @@ def train_quantized(args, device, out):
     before = eps_error(student, test)
     print(f"calibrated ({time.time() - began:.0f} s); eps error without training {before:.5f}", flush=True)
 
-    optimizer = torch.optim.AdamW(hqdm.parameter_groups(student, args.lr), weight_decay=0.0, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(hqdm.parameter_groups(student, args.lr), weight_decay=0.0, fused=device.type in ("cuda", "cpu"))
     parts = {"model": student, "optimizer": optimizer}
     losses, spent = restore(state, out, parts)
     began -= spent
@@ -497,7 +497,7 @@ def main(argv=None):
     device = pick_device(args.device)
     quantized = (args.wbits, args.abits) != (32, 32)
     full = device.type != "cpu"
-    defaults = (dict(ddim_steps=50 if full else 10, steps=1000 if full else 400, batch=128 if full else 4, lr=1.0) if quantized
+    defaults = (dict(ddim_steps=50 if full else 10, steps=1000 if full else 300, batch=128 if full else 4, lr=1.0) if quantized
                 else dict(ddim_steps=50, steps=11_000 if full else 100, batch=512 if full else 8, lr=8e-4))
     for key, value in defaults.items():
         if getattr(args, key) is None:
