@@ -55,6 +55,7 @@ it is rounded; each weight's scale s_w; one activation scale s_x for each layer 
 import contextlib
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -241,60 +242,88 @@ def accumulator_bound(taps, q_x_max, q_w_max, block=1):
     return math.ceil(taps * math.sqrt(block) * q_x_max * q_w_max)
 
 
-def _int8_digits(x):
-    """Integers -> [(int8 tensor, shift)] with x = sum digit * 2^shift: low digits 0 .. 63, the last one in -64 .. 63.
-
-    Seven bits, not eight: CPUs without VNNI instructions add pairs of products as int16, and 2 * 255 * 127 saturates it.
-    """
+def _digits(x, x_max, limit, base):
+    """Integers up to x_max -> [(int8 tensor, shift)] with x = sum digit * 2^shift: low digits 0 .. 2^base - 1, the last +-limit."""
     digits, shift = [], 0
-    while x.numel() and (x.max() > 63 or x.min() < -64):
-        digits.append(((x & 63).to(torch.int8), shift))
-        x, shift = x >> 6, shift + 6
+    while x_max > limit:
+        digits.append(((x & (2**base - 1)).to(torch.int8), shift))
+        x, x_max, shift = x >> base, (x_max >> base) + 1, shift + base       # x >> base rounds down: hence the + 1
     return digits + [(x.to(torch.int8), shift)]
 
 
-def _pad_to(x, rows, columns):
-    return F.pad(x, (0, -x.shape[1] % columns, 0, max(0, rows - x.shape[0])))
+class IntOperand(NamedTuple):
+    """Weights ready for integer products, made once by int_operand: `rows` int8 (digits * o, n), zeros up to multiples of 8."""
+    rows: torch.Tensor
+    shifts: tuple                                    # of each digit
+    shape: torch.Size                                # of the weights: (C_out, C_in, kh, kw) or (C_out, C_in)
 
 
-def int_matmul(a, b, route="int8"):
-    """Exact integer product (m, n) x (n, o) -> (m, o) int32; a, b of any integer dtype.
+def int_operand(q_w, x_max=127):
+    """Integer weights (C_out, C_in, kh, kw) or (C_out, C_in) -> IntOperand, for activations up to x_max.
 
-    route "int8": torch._int_mm, int8 x int8 -> int32, on base-64 digits. CPU and CUDA.
+    CPUs without VNNI instructions add products in pairs as int16, activations shifted by 128: two of them must not pass
+    32767. That leaves weights 64 (x_max = 127) to 125 (x_max = 3); larger ones get two digits or more.
+    """
+    rows = rearrange(q_w, "O C kh kw -> O (kh kw C)") if q_w.ndim == 4 else q_w          # channels last: long runs to copy
+    limit = 32767 // (2 * (128 + min(x_max, 127)))
+    digits = _digits(rows.to(torch.int32), int(rows.abs().max()), limit, base=6)
+    rows = torch.cat([F.pad(d, (0, -d.shape[1] % 8, 0, -d.shape[0] % 8)) for d, _ in digits])
+    return IntOperand(rows, tuple(shift for _, shift in digits), q_w.shape)
+
+
+def int_linear(x, q_w, route="int8", x_max=None, columns=lambda x: x):
+    """Exact integer product x (m, n) with weights (o, n) -> (m, o) int32; any integer dtypes, or an IntOperand.
+
+    route "int8": torch._int_mm, int8 x int8 -> int32, digit by digit. CPU and CUDA.
     route "int64": the definition, on the CPU.
+    x_max: the largest |x| possible; None looks, which makes the host wait for a GPU. columns: what turns x into (m, n).
     Raises ValueError on a device that has no such product; TypeError where an operand is not integer.
     """
-    if a.is_floating_point() or b.is_floating_point():
-        raise TypeError(f"int_matmul takes integer tensors, not {a.dtype} and {b.dtype}")
+    if x.is_floating_point() or torch.is_tensor(q_w) and q_w.is_floating_point():
+        raise TypeError("integer products take integer tensors, and one of these is float")
     if route == "int64":
-        if a.device.type != "cpu":
+        if x.device.type != "cpu":
             raise ValueError("the int64 route runs on the cpu: no GPU multiplies int64 matrices")
-        return (a.long() @ b.long()).to(torch.int32)
-    if a.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"integer layers run on cpu and cuda, not on {a.device.type}; use --device cpu")
-    m, o = a.shape[0], b.shape[1]
-    acc = 0
-    # cuBLASLt wants more than 16 rows and multiples of 8 elsewhere: padding with zeros changes no sum. It also wants the
-    # second operand stored by columns: stored by rows it refuses tall products (204,800 x 32 by 32 x 64, say).
-    for low, i in _int8_digits(a):
-        for high, j in _int8_digits(b.T):
-            part = torch._int_mm(_pad_to(low, 32, 8), _pad_to(high.contiguous(), o + -o % 8, 8).T)
-            acc = acc + (part[:m, :o] << (i + j))    # int32 wraps around, and the true sum fits: the result is exact
+        rows = rearrange(q_w, "O C kh kw -> O (kh kw C)") if q_w.ndim == 4 else q_w
+        return (columns(x).long() @ rows.long().T).to(torch.int32)
+    if x.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"integer layers run on cpu and cuda, not on {x.device.type}; use --device cpu")
+    x_max = int(x.abs().max()) if x_max is None else x_max
+    w = q_w if isinstance(q_w, IntOperand) else int_operand(q_w, x_max)
+    o, step, acc = w.shape[0], len(w.rows) // len(w.shifts), None
+    for digit, i in _digits(x, x_max, 127, base=7):
+        a = columns(digit)
+        m, n = a.shape
+        # cuBLASLt wants more than 16 rows and multiples of 8 elsewhere: padding with zeros changes no sum. It also wants the
+        # second operand stored by columns: stored by rows it refuses tall products (204,800 x 32 by 32 x 64, say).
+        if n % 8 or m < 32:
+            a = F.pad(a, (0, -n % 8, 0, max(0, 32 - m)))
+        part = torch._int_mm(a, w.rows.T)            # all digits of the weights in one product: a is read once
+        for k, j in enumerate(w.shifts):
+            term = part[:m, k * step:k * step + o]
+            term = term << (i + j) if i + j else term
+            acc = term if acc is None else acc + term            # int32 wraps around, and the true sum fits: exact
     return acc
 
 
-def int_conv2d(q_x, q_w, stride=1, padding=0, route="int8"):
+def int_columns(x, kh, kw, stride, padding):
+    """im2col: (B, C, h, w) -> (B h' w', kh kw C), a row for each output pixel. A copy only where patches overlap."""
+    C = x.shape[1]
+    x = F.pad(rearrange(x, "B C h w -> B h w C"), (0, 0) + (padding,) * 4)
+    x = rearrange(x, "B h w C -> B h (w C)")         # kw neighbours with all their channels are one run of memory
+    x = x.unfold(2, kw * C, stride * C).unfold(1, kh, stride)                # (B, h', w', kw C, kh), a view
+    return rearrange(x, "B h w kwC kh -> (B h w) (kh kwC)")
+
+
+def int_conv2d(q_x, q_w, stride=1, padding=0, route="int8", x_max=None):
     """Integer convolution: q_x (B, C, h, w), q_w (C_out, C, kh, kw), any integer dtypes -> int32 (B, C_out, h', w').
 
     im2col, then one exact integer product. Zero padding is exact, because 0 is the integer of 0.0 on our grids.
-    Raises as int_matmul does.
+    Arguments and errors: int_linear. The result is channels_last.
     """
-    C_out, _, kh, kw = q_w.shape
-    x = F.pad(q_x, (padding,) * 4)
-    x = x.unfold(2, kh, stride).unfold(3, kw, stride)                        # (B, C, h', w', kh, kw), a view
-    B, h = x.shape[0], x.shape[2]
-    columns = rearrange(x, "B C h w kh kw -> (B h w) (kh kw C)")             # channels last: long runs to copy
-    acc = int_matmul(columns, rearrange(q_w, "O C kh kw -> (kh kw C) O"), route)
+    _, _, kh, kw = q_w.shape
+    acc = int_linear(q_x, q_w, route, x_max, lambda x: int_columns(x, kh, kw, stride, padding))
+    B, h = q_x.shape[0], (q_x.shape[2] + 2 * padding - kh) // stride + 1
     return rearrange(acc, "(B h w) O -> B O h w", B=B, h=h)
 
 
@@ -360,7 +389,7 @@ class HQLayer(nn.Module):
         self.clock = clock or Clock([0])
         self.symmetric = rotation != "none"          # rotated values spread around 0; what SiLU puts out does not
         self.integer, self.view = False, "B"         # see set_integer
-        self._cache = None
+        self._cache = {}
 
         # The largest operands and sums that the formats allow: they decide how a sum is computed (see accumulator).
         mixed = block if rotation == "single" else 1             # how many weights one operand of view B adds up
@@ -435,20 +464,29 @@ class HQLayer(nn.Module):
 
         This is view B. Rotating the weight is cheaper than rotating q_x back: it is smaller, and frozen it is done once.
         """
-        kept = self.frozen and self.wbits != 32
-        if kept and self._cache and self._cache[0] is self.q_w:  # another tensor after .to(device)
-            return self._cache[1]
+        return self._once("float", self._operand)
+
+    def _operand(self):
         q, s = self.quantize_weight()
         if q.ndim == 4:                                          # as the images: walsh becomes one tall product, and
             q = q.contiguous(memory_format=torch.channels_last)  # the convolution need not reorder it
         if self.rotation == "single":
             q, s = walsh(q, 1, self.block), s / math.sqrt(self.block)
-        self._cache = (self.q_w, (q, s)) if kept else None
         return q, s
+
+    def _once(self, key, make):
+        """make(), and for frozen weights only the first time."""
+        if not self.frozen or self.wbits == 32:
+            return make()
+        if self._cache.get("of") is not self.q_w:                # another tensor after .to(device)
+            self._cache = {"of": self.q_w}
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
 
     def _load_from_state_dict(self, *args):
         """Called by load_state_dict: other integers are coming, so what was computed from the old ones goes."""
-        self._cache = None
+        self._cache = {}
         super()._load_from_state_dict(*args)
 
     # -- the product
@@ -490,12 +528,17 @@ class HQLayer(nn.Module):
         """The same sums by integer arithmetic alone, int32. q_x: as quantize_input gives it. view: "A" or "B"."""
         if not self.on_grid:
             raise ValueError(f"a W{self.wbits}A{self.abits} layer has no integer form; use 2 to 8 bits for both")
-        q_x, q_w = q_x.detach().to(torch.int16), self.quantize_weight()[0].detach().to(torch.int16)
-        if self.rotation == "single" and (view or self.view) == "A":
-            q_x = walsh(q_x, self.dim, self.block)
-        elif self.rotation == "single":
-            q_w = walsh(q_w, 1, self.block)
-        return self.multiply_int(q_x, q_w, route)
+        view, x_max = view or self.view, self.q_x_max
+        q_x = q_x.detach().to(torch.int8 if x_max <= 127 else torch.int16)
+        if self.rotation == "single" and view == "A":
+            q_x, x_max = walsh(q_x, self.dim, self.block), x_max * self.block
+        if route == "int64":
+            return self.multiply_int(q_x, self._integer_weight(view), route, x_max)
+        return self.multiply_int(q_x, self._once(view, lambda: int_operand(self._integer_weight(view), x_max)), route, x_max)
+
+    def _integer_weight(self, view):
+        q_w = self.quantize_weight()[0].detach().to(torch.int16)
+        return walsh(q_w, 1, self.block) if self.rotation == "single" and view == "B" else q_w
 
     # -- scales of the activations, and the second life
 
@@ -561,10 +604,8 @@ class HQConv2d(HQLayer):
     def multiply(self, q_x, q_w):
         return F.conv2d(q_x, q_w, stride=self.stride, padding=self.padding)
 
-    def multiply_int(self, q_x, q_w, route="int8"):
-        acc = int_conv2d(q_x, q_w, self.stride, self.padding, route)
-        # The memory format that conv2d gives too: what comes next adds in the order of memory.
-        return acc.contiguous(memory_format=torch.channels_last)
+    def multiply_int(self, q_x, q_w, route, x_max):
+        return int_conv2d(q_x, q_w, self.stride, self.padding, route, x_max)
 
 
 class HQLinear(HQLayer):
@@ -575,8 +616,8 @@ class HQLinear(HQLayer):
     def multiply(self, q_x, q_w):
         return F.linear(q_x, q_w)
 
-    def multiply_int(self, q_x, q_w, route="int8"):
-        return int_matmul(q_x.flatten(0, -2), q_w.T, route).view(*q_x.shape[:-1], -1)
+    def multiply_int(self, q_x, q_w, route, x_max):
+        return int_linear(q_x.flatten(0, -2), q_w, route, x_max).view(*q_x.shape[:-1], -1)
 
 
 # ---------------------------------------------------------------- 5. a whole UNet

@@ -48,8 +48,8 @@ DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 @pytest.mark.parametrize("device", DEVICES)
 def test_tall_products(device):
     """As many rows as 70 pictures have pixels: some matrix units refuse that where an operand lies the wrong way round."""
-    a, b = torch.randint(-7, 8, (70_000, 27), dtype=torch.int16), torch.randint(-480, 481, (27, 12), dtype=torch.int16)
-    assert torch.equal(hqdm.int_matmul(a.to(device), b.to(device)).cpu().long(), a.long() @ b.long())
+    a, b = torch.randint(-7, 8, (70_000, 27), dtype=torch.int16), torch.randint(-480, 481, (12, 27), dtype=torch.int16)
+    assert torch.equal(hqdm.int_linear(a.to(device), b.to(device)).cpu().long(), a.long() @ b.long().T)
 
 
 def check(layer, x, device):
@@ -119,7 +119,8 @@ def test_views_multiply_what_they_say(monkeypatch):
     layer = hqdm.HQConv2d(nn.Conv2d(64, 8, 3, padding=1), 4, 4)
     layer.fit_input(x := torch.randn(2, 64, 4, 4))
     q_x, q_w, seen = layer.quantize_input(x)[0].detach(), layer.quantize_weight()[0].detach(), []
-    monkeypatch.setattr(hqdm.HQConv2d, "multiply_int", lambda self, a, b, route: seen.append((a, b)))
+    monkeypatch.setattr(hqdm, "int_operand", lambda q_w, x_max: q_w)
+    monkeypatch.setattr(hqdm.HQConv2d, "multiply_int", lambda self, a, b, route, x_max: seen.append((a, b)))
     for view in "AB":
         layer.integer_accumulator(q_x, view)
     assert torch.equal(seen[0][0].float(), hqdm.walsh(q_x)) and torch.equal(seen[0][1].float(), q_w)
@@ -190,6 +191,8 @@ def test_split_sums_have_the_gradient_of_the_product():
 
 def test_cpus_without_vnni():
     """Older instruction sets add int8 products in pairs as int16: our digits are small enough not to saturate it."""
-    code = ("import torch, hqdm; a = torch.randint(-128, 128, (40, 64)); a[0] = 127; a[1] = -128; b = torch.randint(-128, 128, (64, 24)); b[:, 0] = 127;"
-            "assert torch.equal(hqdm.int_matmul(a, b), hqdm.int_matmul(a, b, 'int64'))")
+    code = ("import torch, hqdm\n"
+            "for x, w in (3, 125), (3, 126), (7, 121), (63, 85), (127, 64), (127, 127), (255, 255), (96, 15), (127, 4159):\n"
+            "    a, b = torch.randint(-x, x + 1, (40, 64)), torch.randint(-w, w + 1, (24, 64)); a[0] = x; a[1] = -x; b[0] = w; b[1] = -w\n"
+            "    assert torch.equal(hqdm.int_linear(a, b), hqdm.int_linear(a, b, 'int64')), (x, w)")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}, check=True)
