@@ -4,6 +4,7 @@
     python train.py --wbits 4 --abits 3                   # HQ-DM: 4-bit weights, 3-bit activations; needs no data
     python train.py --wbits 4 --abits 3 --rotation none   # the same quantizers without the Hadamard transform
     python train.py --wbits 4 --abits 3 --resume          # go on after a kill; on a CPU with the same losses, bit for bit
+    torchrun --nproc_per_node=4 train.py                  # the same on four GPUs: they share each batch
 
 Each run leaves in runs/NAME/: model.pt (what sample.py draws from), last.pt (what --resume reads), metrics.json,
 loss.png and samples.png (the float model's row on top, from the same noise). Times and scores: README.md.
@@ -17,6 +18,7 @@ import argparse
 import contextlib
 import copy
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -32,6 +34,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import hqdm
@@ -128,6 +131,62 @@ def find_data(data=None):
         return load_bundled()
 
 
+# ---------------------------------------------------------------- several processes, one batch: torchrun
+
+def start_processes(device):
+    """Under torchrun: join the other processes, and return this one's device; rank 0 alone prints. Else just the device."""
+    if "RANK" not in os.environ:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def world():
+    """(rank, number of processes): (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def first_alone(work):
+    """work() in process 0, and when it is done in the others: what it fetches or makes is then there for them."""
+    rank, processes = world()
+    for turn in (0, 1):
+        if turn == min(rank, 1):
+            result = work()
+        if processes > 1:
+            dist.barrier()
+    return result
+
+
+def my_rows():
+    """The rows of every batch that this process computes: all draw the whole batch from the same seed, none sends any."""
+    rank, processes = world()
+    return slice(rank, None, processes)
+
+
+def spread(model):
+    """The model to call in training: its backward pass averages the gradients of all processes."""
+    if world()[1] == 1:
+        return model
+    DDP = torch.nn.parallel.DistributedDataParallel
+    # Our buffers never change, so nothing needs to be sent before a forward pass. torch 2.13 renamed the switch.
+    switch = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(DDP).parameters else "broadcast_buffers"
+    return DDP(model, **{switch: False})
+
+
+def mean_over_processes(value):
+    """A scalar on the model's device -> its mean over all processes, detached."""
+    value = value.detach()
+    if world()[1] > 1:
+        dist.all_reduce(value := value.clone() / world()[1])
+    return value
+
+
 # ---------------------------------------------------------------- one loop for both trainings
 
 def seed_step(seed, step):
@@ -184,8 +243,12 @@ def run_updates(updates, losses, steps, batch, save):
 
     with stop_politely() as stop:
         for i, (loss, norm) in enumerate(updates, start=len(losses) + 1):
-            pending.append((loss.detach(), norm.detach()))
-            due = stop or i == steps or time.time() - saved > SAVE_SECONDS
+            pending.append((loss, norm))
+            due, stopping = time.time() - saved > SAVE_SECONDS, bool(stop)
+            if world()[1] > 1:                       # clocks and signals differ: all must decide alike, so they ask, now and then
+                asked = mean_over_processes(torch.tensor([due, stopping], dtype=torch.float32, device=loss.device)) if i % LOG_STEPS == 0 else [0, 0]
+                due, stopping = (bool(v) for v in asked)
+            due = due or stopping or i == steps
             if i % LOG_STEPS == 0 or due:
                 count = len(pending)
                 settle()
@@ -193,9 +256,10 @@ def run_updates(updates, losses, steps, batch, save):
                 print(f"step {i}/{steps}  loss {np.mean(losses[-LOG_STEPS:]):.5f}  {rate * batch:.1f} images/s  "
                       f"{(steps - i) / rate:.0f} s left", flush=True)
             if due:
-                save()
+                if world()[0] == 0:
+                    save()
                 saved, saved_step = time.time(), i
-            if stop and i < steps:
+            if stopping and i < steps:
                 print(f"stopped after step {i}; go on with --resume", flush=True)
                 sys.exit(130)
 
@@ -222,7 +286,8 @@ def teacher_updates(model, ema, optimizer, images, labels, steps, batch, seed, f
     """
     device = images.device
     # torch.compile pays back its minute of compiling only in a long run, and only where its GPU compiler exists.
-    net = torch.compile(model) if device.type == "cuda" and steps > 2000 and has_triton() else model
+    net = spread(model)
+    net = torch.compile(net) if device.type == "cuda" and steps > 2000 and has_triton() else net
     params = list(model.parameters())
     model.train()
     for step in range(first, steps):
@@ -232,10 +297,10 @@ def teacher_updates(model, ema, optimizer, images, labels, steps, batch, seed, f
         x_0 = torch.where(torch.rand(batch, 1, 1, 1, device=device) < 0.5, x_0, x_0.flip(3))      # mirror half of them
         x_0 = x_0.contiguous(memory_format=torch.channels_last)
         with autocast(device):
-            loss = ddpm_loss(net, x_0, labels[pick], model.classes)
+            loss = ddpm_loss(net, x_0, labels[pick], model.classes, rows=my_rows())
         norm = update(optimizer, loss, params, decay(step, steps, warmup=min(500, steps // 10)))
         ema.update_parameters(model)
-        yield loss, norm
+        yield mean_over_processes(loss), norm.detach()
 
 
 def has_triton():
@@ -249,7 +314,7 @@ def has_triton():
 
 def train_teacher(args, device, out):
     """`python train.py`: the float model, its EMA weights saved in half precision."""
-    images, labels = (t.to(device) for t in find_data(args.data))
+    images, labels = (t.to(device) for t in first_alone(lambda: find_data(args.data)))
     args.images = len(images)                       # a setting: a resumed run must not go on with other data
     state = read_state(args, out)
     torch.manual_seed(args.seed)
@@ -267,6 +332,8 @@ def train_teacher(args, device, out):
     updates = teacher_updates(model, ema, optimizer, images, labels, args.steps, args.batch, args.seed, len(losses))
     run_updates(updates, losses, args.steps, args.batch, lambda: store(args, out, parts, losses, time.time() - began))
     seconds = time.time() - began
+    if world()[0] > 0:
+        return
 
     final = ema.module.eval()
     save_checkpoint(out / "model.pt", kind="float", unet=final.config,
@@ -299,7 +366,7 @@ def pool_batches(pool, batch, steps, seed, first=0):
     S, n = pool["x"].shape[:2]
     for step in range(first, steps):
         seed_step(seed, step)
-        s, i = torch.randint(S, (batch,), device=pool["x"].device), torch.randint(n, (batch,), device=pool["x"].device)
+        s, i = (torch.randint(high, (batch,), device=pool["x"].device)[my_rows()] for high in (S, n))
         yield pool["x"][s, i], pool["t"][s], pool["y"][i], pool["eps"][s, i]
 
 
@@ -308,19 +375,20 @@ def trajectory_batches(teacher, batch, steps, ddim_steps, seed, first=0):
     device = next(teacher.parameters()).device
     for walk in range(first // ddim_steps, math.ceil(steps / ddim_steps)):
         seed_step(seed, walk)
-        x = torch.randn(batch, 3, 32, 32).to(device, memory_format=torch.channels_last)
-        y = torch.randint(teacher.classes + 1, (batch,)).to(device)
+        x = torch.randn(batch, 3, 32, 32)[my_rows()].to(device, memory_format=torch.channels_last)
+        y = torch.randint(teacher.classes + 1, (batch,))[my_rows()].to(device)
         for i, (t, x_t, eps, _) in enumerate(ddim(teacher, x, y, ddim_steps), start=walk * ddim_steps):
             if first <= i < steps:                  # after a resume the walk is repeated up to where the kill came
-                yield x_t, torch.full((batch,), t, device=device), y, eps
+                yield x_t, torch.full_like(y, t), y, eps
 
 
 def distil_updates(student, optimizer, batches, steps, first=0):
     """Train the quantized student in place: yields (loss, gradient norm) a step. loss = mean (eps_s - eps_t)^2."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    params, net = [p for group in optimizer.param_groups for p in group["params"]], spread(student)
     for step, (x, t, y, eps) in enumerate(batches, start=first):
-        loss = F.mse_loss(student(x.contiguous(memory_format=torch.channels_last), t, y), eps)
-        yield loss, update(optimizer, loss, params, decay(step, steps, shape="linear"))
+        loss = F.mse_loss(net(x.contiguous(memory_format=torch.channels_last), t, y), eps)
+        norm = update(optimizer, loss, params, decay(step, steps, shape="linear"))
+        yield mean_over_processes(loss), norm.detach()
 
 
 @torch.no_grad()
@@ -370,6 +438,8 @@ def train_quantized(args, device, out):
     print(f"training ({time.time() - began:.0f} s)", flush=True)
     updates = distil_updates(student, optimizer, batches, args.steps, first=len(losses))
     run_updates(updates, losses, args.steps, args.batch, lambda: store(args, out, parts, losses, time.time() - began))
+    if world()[0] > 0:
+        return
 
     hqdm.freeze(student)                            # fold LoRA in, round for good, pack two 4-bit weights a byte
     after = eps_error(student, test)
@@ -425,7 +495,7 @@ def restore(state, out, parts):
 def finish(args, device, out, losses, seconds, models, more):
     """metrics.json, loss.png, samples.png."""
     save_grids(out / "samples.png", {name: draw(model, 16, args.ddim_steps, seed=args.seed)[0] for name, model in models.items()})
-    metrics = {**provenance(args, device, seconds), **more, "losses": losses}
+    metrics = {**provenance(args, device, seconds), "processes": world()[1], **more, "losses": losses}
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     import matplotlib
     matplotlib.use("Agg")
@@ -478,7 +548,7 @@ def main(argv=None):
     method.add_argument("--ddim-steps", type=positive, help="steps of the sampler, one activation scale each (50; cpu 10)")
     training = parser.add_argument_group("training")
     training.add_argument("--steps", type=positive, help="updates (defaults depend on the device and are printed)")
-    training.add_argument("--batch", type=positive, help="images an update")
+    training.add_argument("--batch", type=positive, help="images an update, of all processes together")
     training.add_argument("--lr", type=float, help="teacher: the learning rate; HQ-DM: a factor of its three rates (1)")
     training.add_argument("--seed", type=natural, default=0)
     files = parser.add_argument_group("files and device")
@@ -494,7 +564,7 @@ def main(argv=None):
             raise ValueError(f"--{name} {bits} is not possible; choose 2 to 8, or 32 for float")
     if args.lr is not None and not 0 < args.lr <= 1e4:
         raise ValueError(f"--lr {args.lr} is not a positive number up to 10,000")
-    device = pick_device(args.device)
+    device = start_processes(pick_device(args.device))
     quantized = (args.wbits, args.abits) != (32, 32)
     full = device.type != "cpu"
     defaults = (dict(ddim_steps=50 if full else 10, steps=1000 if full else 300, batch=128 if full else 4, lr=1.0) if quantized
@@ -502,10 +572,17 @@ def main(argv=None):
     for key, value in defaults.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    out = open_out(args, f"w{args.wbits}a{args.abits}-{args.rotation}" if quantized else "teacher")
+    if args.batch % world()[1]:
+        raise ValueError(f"--batch {args.batch} cannot be shared by {world()[1]} processes; choose a multiple")
+    outs = [open_out(args, f"w{args.wbits}a{args.abits}-{args.rotation}" if quantized else "teacher") if world()[0] == 0 else None]
+    if world()[1] > 1:                              # process 0 chose the folder
+        dist.broadcast_object_list(outs)
+    out = outs[0]
     print(f"device {device}; {'full' if full else 'short (no GPU)'} run: --steps {args.steps} --batch {args.batch} "
           f"--lr {args.lr:g} --ddim-steps {args.ddim_steps}; into {out}", flush=True)
     (train_quantized if quantized else train_teacher)(args, device, out)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -180,16 +180,18 @@ def add_noise(x_0, t, eps):
     return abar.sqrt() * x_0 + (1 - abar).sqrt() * eps
 
 
-def ddpm_loss(model, x_0, y, classes, drop=0.1):
+def ddpm_loss(model, x_0, y, classes, drop=0.1, rows=slice(None)):
     """Scalar: mean squared error of the predicted noise at random times (DDPM eq. 14).
 
     x_0 (B, 3, h, w) in [-1, 1], y (B,). A share `drop` of the labels becomes "none", so that one network learns
     both the conditional and the unconditional noise (classifier-free guidance, Ho & Salimans 2022, arXiv 2207.12598).
+    rows: the samples to compute; times and noise are drawn for all, so that several processes can share one batch.
     """
     B = len(x_0)
     t = torch.randint(T, (B,), device=x_0.device)
     eps = torch.randn_like(x_0)
     y = torch.where(torch.rand(B, device=x_0.device) < drop, classes, y)
+    x_0, t, eps, y = (v[rows] for v in (x_0, t, eps, y))
     return F.mse_loss(model(add_noise(x_0, t, eps), t, y).float(), eps)
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import tarfile
 
 import pytest
@@ -286,6 +287,51 @@ def test_eps_error_is_the_mean_squared_difference():
     shifted = copy.deepcopy(pool)
     shifted["eps"] += 0.5
     assert train.eps_error(teacher, pool) < 1e-9 and abs(train.eps_error(teacher, shifted) - 0.25) < 1e-4
+
+
+# ---------------------------------------------------------------- several processes
+
+def check(true):
+    assert true
+
+
+def share_the_work(rank, port, processes, teacher_file, folder):
+    """What each process runs: three updates of the float teacher, three of a quantized student, and a whole train.main."""
+    torch.set_num_threads(1)
+    if processes > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    train.start_processes(torch.device("cpu"))
+    model, images = small_unet(3).train(), train.load_bundled()
+    model.register_forward_pre_hook(lambda _, args: check(len(args[0]) == 8 // processes))
+    ema = torch.optim.swa_utils.AveragedModel(model)
+    optimizer = torch.optim.SGD([{"params": list(model.parameters()), "base_lr": 0.1}], lr=1.0)
+    steps = [[loss.item(), norm.item()] for loss, norm in train.teacher_updates(model, ema, optimizer, *images, 3, 8, seed=0)]
+    teacher = small_unet()
+    student = copy.deepcopy(teacher)
+    torch.manual_seed(0)
+    hqdm.quantize_unet(student, 8, 8, block=16, timesteps=ddim_timesteps(3).tolist())
+    pool = train.make_pool(teacher, 8, 3, seed=1)
+    hqdm.calibrate(student, teacher, ((x, t.expand(8), pool["y"]) for x, t in zip(pool["x"], pool["t"])))
+    optimizer = torch.optim.SGD([{**g, "base_lr": 0.01} for g in hqdm.parameter_groups(student)], lr=1.0)
+    batches = train.pool_batches(pool, 6, 3, seed=0)
+    steps += [[loss.item(), norm.item()] for loss, norm in train.distil_updates(student, optimizer, batches, 3)]
+    if rank == 0:
+        torch.save(steps, folder / f"{processes}.pt")
+    if processes > 1:
+        train.main(arguments(teacher_file, folder / "run", "--order", "trajectory"))
+
+
+def test_two_processes_share_one_batch(teacher_file, tmp_path):
+    """Two processes that share each batch have the losses and gradient norms of one process, and one set of files."""
+    share_the_work(0, None, 1, teacher_file, tmp_path)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.start_processes(share_the_work, (port, 2, teacher_file, tmp_path), nprocs=2, start_method="spawn")
+    one, two = (torch.tensor(torch.load(tmp_path / f"{n}.pt")) for n in (1, 2))
+    assert_close(two, one, rtol=5e-4, atol=0)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["processes"] == 2 and len(metrics["losses"]) == metrics["settings"]["steps"]
 
 
 # ---------------------------------------------------------------- the command line
