@@ -6,7 +6,7 @@ arXiv 2512.05746. Needs torch, numpy and einops; knows nothing of our UNet but t
 The trouble: a few activation channels are far larger than the rest (outliers). A 3-bit grid wide enough for them has no
 levels left for the others. The cure: spread each pixel's channel vector with a Hadamard transform H before rounding, and
 undo the transform after it (H H = I). The weights are left as they are ("single"). Rotating them too ("double") spares
-the way back, but mixes weights that were well spread before; how much that costs here is in notebooks/outliers.ipynb:
+the way back; the paper finds that it spoils the weights' grid. In our UNet it does not: see notebooks/outliers.ipynb.
 
     x_h   = H x                                                 H: orthonormal, symmetric, blocks of k = 32 channels
     q_x   = clamp(round(x_h / s_x(t)), -q_max, q_max)           q_max = 2^(b-1) - 1: 7 at 4 bits, 3 at 3 bits
@@ -101,9 +101,10 @@ def check_block(channels, block):
     if block < 1 or block & (block - 1):
         raise ValueError(f"Hadamard block {block} is not a power of two; use 32, 16 or 8")
     if channels % block:
-        fits = [str(2**i) for i in range(9, 2, -1) if 2**i < block and channels % 2**i == 0]
-        raise ValueError(f"{channels} channels are not a multiple of the Hadamard block {block}; use "
-                         + (f"block {', '.join(fits[:-1])} or {fits[-1]}" if len(fits) > 1 else "rotation none"))
+        fits = [n for n in (512, 256, 128, 64, 32, 16, 8, 4, 2) if n < block and channels % n == 0]
+        fits = [str(n) for n in fits if n >= min(8, fits[0])]        # small blocks spread little: named only where nothing else fits
+        choice = f"block {' or '.join(filter(None, [', '.join(fits[:-1]), fits[-1]]))}" if fits else "rotation none"
+        raise ValueError(f"{channels} channels are not a multiple of the Hadamard block {block}; use {choice}")
 
 
 @contextlib.contextmanager
@@ -323,8 +324,8 @@ def int_conv2d(q_x, q_w, stride=1, padding=0, route="int8", x_max=None):
     """
     _, _, kh, kw = q_w.shape
     acc = int_linear(q_x, q_w, route, x_max, lambda x: int_columns(x, kh, kw, stride, padding))
-    B, h = q_x.shape[0], (q_x.shape[2] + 2 * padding - kh) // stride + 1
-    return rearrange(acc, "(B h w) O -> B O h w", B=B, h=h)
+    h, w = ((q_x.shape[i] + 2 * padding - k) // stride + 1 for i, k in ((2, kh), (3, kw)))
+    return rearrange(acc.view(-1, h, w, len(acc.T)), "B h w O -> B O h w")
 
 
 def pack_weights(q, bits):
@@ -617,7 +618,7 @@ class HQLinear(HQLayer):
         return F.linear(q_x, q_w)
 
     def multiply_int(self, q_x, q_w, route, x_max):
-        return int_linear(q_x.flatten(0, -2), q_w, route, x_max).view(*q_x.shape[:-1], -1)
+        return int_linear(q_x.flatten(0, -2), q_w, route, x_max).view(*q_x.shape[:-1], self.shape[0])
 
 
 # ---------------------------------------------------------------- 5. a whole UNet
@@ -637,7 +638,7 @@ def quantize_unet(unet, wbits, abits, rotation="single", block=32, timesteps=(0,
     """
     if layers(unet):
         raise ValueError("this network is quantized already; start from the float one")
-    clock, rows = Clock(timesteps), []
+    clock, rows, swaps = Clock(timesteps), [], []
     for name, layer in list(unet.named_modules()):
         if not isinstance(layer, (nn.Conv2d, nn.Linear)):
             if isinstance(layer, (nn.Embedding, nn.GroupNorm)) or hasattr(layer, "heads"):
@@ -651,12 +652,14 @@ def quantize_unet(unet, wbits, abits, rotation="single", block=32, timesteps=(0,
             new = kind(layer, *bits, rotate, block, rank, clock, packed).to(layer.weight.device)
         except ValueError as e:
             raise ValueError(f"{name}: {e}") from None
-        unet.get_submodule(name.rpartition(".")[0])._modules[name.rpartition(".")[2]] = new
+        swaps.append((*name.rpartition(".")[::2], new))
         shape = "x".join(map(str, new.shape[2:]))
         rows.append({"layer": name, "kind": f"conv {shape}" if shape else "linear", "wbits": bits[0], "abits": bits[1],
                      "rotation": rotate, "block": new.block, "note": f"{why}: not rotated" if why else
                      "" if rotate != "none" else "rotation none was asked for", "accumulator_bound": new.bound,
                      "float_bytes": new.bytes[0], "bytes": new.bytes[1]})
+    for parent, name, new in swaps:                  # only now: a refusal above leaves the network as it was
+        setattr(unet.get_submodule(parent), name, new)
     unet.clock = clock
     unet.register_forward_pre_hook(_set_clock, with_kwargs=True)
     unet.requires_grad_(False)

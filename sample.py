@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 import hqdm
-from unet import UNet, ddim
+from unet import UNet, ddim, ddim_timesteps
 
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 HERE = Path(__file__).resolve().parent
@@ -64,6 +64,8 @@ def read_checkpoint(path, kind=None):
         whole = Path(path).read_bytes()
         whole = gzip.decompress(whole) if whole[:2] == b"\x1f\x8b" else whole
         ckpt = torch.load(io.BytesIO(whole), map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
     except Exception as e:              # torch raises half a dozen types here (zip, pickle, key errors); all mean the same
         raise ValueError(f"{path} is damaged or holds more than tensors and plain values; nothing of it was run "
                          f"({type(e).__name__})") from None
@@ -114,17 +116,22 @@ def to_uint8(x):
 
 
 def draw(model, n, steps=50, label=None, guidance=1.0, seed=0, batch=500, progress=None):
-    """n pictures: uint8 (n, 3, 32, 32) and their labels (n,), both on the CPU. Deterministic DDIM (eta = 0)."""
+    """n pictures: uint8 (n, 3, 32, 32) and their labels (n,), both on the CPU. Deterministic DDIM (eta = 0).
+
+    progress: called after every step with how many pictures' worth of work is done. Raises FloatingPointError where a
+    picture is not finite (an extreme guidance, a broken model).
+    """
     device = next(model.parameters()).device
     noise, labels = noise_and_labels(n, seed, model.classes, label)
     pictures = []
     for x, y in zip(noise.split(batch), labels.split(batch)):
         x = x.to(device, memory_format=torch.channels_last)
-        for _, _, _, x_0 in ddim(model, x, y.to(device), steps, guidance):
-            pass
+        for i, (_, _, _, x_0) in enumerate(ddim(model, x, y.to(device), steps, guidance), start=1):
+            if progress:
+                progress(sum(map(len, pictures)) + len(x) * i / steps)
+        if not x_0.isfinite().all():
+            raise FloatingPointError(f"the pictures are not finite at --steps {steps} --guidance {guidance:g}")
         pictures.append(to_uint8(x_0).cpu().contiguous())
-        if progress:
-            progress(sum(map(len, pictures)))
     return torch.cat(pictures), labels
 
 
@@ -272,7 +279,7 @@ def run_cli(main):
         # A GPU without memory has a type of its own (a RuntimeError), a CPU without it only says so: "can't allocate memory".
         if type(e) is RuntimeError and "allocate memory" not in str(e):
             raise                                    # a fault of ours: with its traceback, please
-        print(f"error: {str(e).splitlines()[0]}", file=sys.stderr)
+        print(f"error: {(str(e) or 'out of memory').splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -285,11 +292,19 @@ def provenance(args, device, seconds):
             "date": time.strftime("%Y-%m-%d"), "seconds": round(seconds, 1)}
 
 
+def trained_steps(models):
+    """{path: model} -> the DDIM steps that its quantized models were trained for, 50 where none is. ValueError where they differ."""
+    steps = {str(path): len(model.clock.timesteps) for path, model in models.items() if hasattr(model, "clock")}
+    if len(set(steps.values())) > 1:
+        raise ValueError(f"trained for different numbers of steps ({', '.join(f'{p}: {s}' for p, s in steps.items())}); choose with --steps")
+    return next(iter(steps.values()), 50)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="*", metavar="CKPT", help="default: the bundled teacher and W4A3 model")
     parser.add_argument("-n", type=positive, default=64, help="pictures from each checkpoint (64)")
-    parser.add_argument("--steps", type=positive, default=50, help="DDIM steps (50)")
+    parser.add_argument("--steps", type=positive, help="DDIM steps (as many as the quantized model was trained for, else 50)")
     parser.add_argument("--class", dest="label", help=f"one class for all: {', '.join(CLASSES)}, or none")
     parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance; 1 is off (1)")
     parser.add_argument("--seed", type=natural, default=0, help="of the noise (0)")
@@ -314,17 +329,25 @@ def main(argv=None):
             raise ValueError(f"cannot write {target}")
     device = pick_device(args.device)
     paths = args.checkpoints or [HERE / "checkpoints" / "teacher.pt", HERE / "checkpoints" / "w4a3-single.pt"]
+    if len(set(map(str, paths))) < len(paths):
+        raise ValueError("a checkpoint is named twice")
     models = [load_model(path, device) for path in paths]                # all of them first: a bad one fails at once
+    args.steps = args.steps or trained_steps(dict(zip(paths, models)))
+    for path, model in zip(paths, models):
+        if hasattr(model, "clock") and not torch.equal(model.clock.timesteps, ddim_timesteps(args.steps)):
+            print(f"note: {path} has activation scales for {len(model.clock.timesteps)} steps; each of the {args.steps} takes the nearest")
 
     grids, scores, first, began = {}, {}, None, time.time()
     judge = load_judge(device) if args.score else None
     for path, model in zip(paths, models):
         if args.integer and (hqdm.layers(model) or not any(map(hqdm.layers, models))):
             hqdm.set_integer(model, True)            # a float model among quantized ones stays float, to compare with
-        start = time.time()
+        start = said = time.time()
         def progress(done):
-            left = (time.time() - start) / done * (args.n - done)
-            print(f"{path}: {done}/{args.n} pictures, {left:.0f} s left", flush=True)
+            nonlocal said
+            if time.time() - said > 5 or done >= args.n:
+                said = time.time()
+                print(f"{path}: {done / args.n:.0%} of {args.n} pictures, {(said - start) / done * (args.n - done):.0f} s left", flush=True)
         images, labels = draw(model, args.n, args.steps, label, args.guidance, args.seed, progress=progress)
         grids[str(path)] = images[:64]
         first = images if first is None else first

@@ -470,7 +470,7 @@ def read_state(args, out):
     if not args.resume:
         return None
     state = read_checkpoint(out / "last.pt", kind=("training",))
-    if not isinstance(state.get("settings"), dict) or not isinstance(state.get("losses"), list) or len(state["losses"]) > args.steps:
+    if not isinstance(state.get("settings"), dict) or not isinstance(state.get("losses"), list):
         raise ValueError(f"{out / 'last.pt'} is not the state of a run")
     wrong = [f"--{k.replace('_', '-')} {v} (was {state['settings'].get(k)})"
              for k, v in settings(args).items() if state["settings"].get(k) != v]
@@ -549,7 +549,7 @@ def main(argv=None):
     training = parser.add_argument_group("training")
     training.add_argument("--steps", type=positive, help="updates (defaults depend on the device and are printed)")
     training.add_argument("--batch", type=positive, help="images an update, of all processes together")
-    training.add_argument("--lr", type=float, help="teacher: the learning rate; HQ-DM: a factor of its three rates (1)")
+    training.add_argument("--lr", type=float, help="teacher: the learning rate; HQ-DM: a factor of its four rates (1)")
     training.add_argument("--seed", type=natural, default=0)
     files = parser.add_argument_group("files and device")
     files.add_argument("--teacher", default=str(HERE / "checkpoints" / "teacher.pt"), help="float checkpoint to quantize")
@@ -580,7 +580,11 @@ def main(argv=None):
     out = outs[0]
     print(f"device {device}; {'full' if full else 'short (no GPU)'} run: --steps {args.steps} --batch {args.batch} "
           f"--lr {args.lr:g} --ddim-steps {args.ddim_steps}; into {out}", flush=True)
-    (train_quantized if quantized else train_teacher)(args, device, out)
+    try:
+        (train_quantized if quantized else train_teacher)(args, device, out)
+    finally:
+        if world()[0] == 0 and not any(out.iterdir()):           # refused before anything was written
+            out.rmdir()
     if dist.is_initialized():
         dist.destroy_process_group()
 

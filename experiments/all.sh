@@ -3,24 +3,28 @@
 #
 #   bash experiments/all.sh judge teacher quantized scores curve pictures
 #
-# judge       experiments/judge.py -> checkpoints/judge.pt, experiments/judge.json (needs data/)
-# teacher     train.py -> checkpoints/teacher.pt, experiments/teacher.json (needs data/)
+# judge       experiments/judge.py -> checkpoints/judge.pt, experiments/judge.json (needs CIFAR-10 in data/)
+# teacher     train.py -> checkpoints/teacher.pt, experiments/teacher.json (needs CIFAR-10 in data/)
 # quantized   train.py --wbits .. -> runs/NAME, two of them bundled; experiments/NAME.json
-# scores      sample.py --score, exact.py, table.py
+# scores      sample.py --score, exact.py, table.py (needs what quantized made)
 # pictures    two models after one update beside the trained ones -> experiments/pictures.png
 # curve       15 shorter W4A3 trainings, also in the paper's order of steps -> experiments/curve.json, curve.png
 #
-# PARALLEL=3 runs trainings side by side (12 GB of GPU memory each); the default is one after the other. The run whose
-# seconds the README gives, W4A3 single, has the GPU to itself.
+# These stages write over what is bundled, so all but `pictures` refuse to run without a GPU, where they would be short.
+# PARALLEL=3 runs trainings side by side (12 GB of GPU memory each), but for W4A3 single, which has the GPU to itself.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3} PARALLEL=${PARALLEL:-1}
 export PYTHONUNBUFFERED=1
 
-judge() { $PYTHON experiments/judge.py --data data; }
+judge() {
+    $PYTHON experiments/judge.py --data data --out runs/judge/model.pt
+    cp runs/judge/model.pt checkpoints/judge.pt
+    cp runs/judge/model.json experiments/judge.json
+}
 
 teacher() {
-    $PYTHON train.py --out runs/teacher
+    $PYTHON train.py --data data --out runs/teacher
     cp runs/teacher/model.pt checkpoints/teacher.pt
     cp runs/teacher/metrics.json experiments/teacher.json
 }
@@ -36,7 +40,7 @@ quantized() {
 scores() {
     $PYTHON sample.py checkpoints/teacher.pt checkpoints/w4a3-none.pt runs/w4a3-double/model.pt checkpoints/w4a3-single.pt \
         runs/w4a4-single/model.pt --score -n 5000 --out experiments/scores.png
-    $PYTHON experiments/exact.py checkpoints/w4a3-none.pt checkpoints/w4a3-single.pt runs/w4a3-double/model.pt -n 16 --device cpu
+    $PYTHON experiments/exact.py checkpoints/w4a3-none.pt checkpoints/w4a3-single.pt runs/w4a3-double/model.pt -n 16 --device cpu --out experiments/exact-cpu.json
     $PYTHON experiments/table.py --write
 }
 
@@ -60,7 +64,8 @@ pictures() {
         --out experiments/pictures.png
 }
 
-[ $# -gt 0 ] || { sed -n '2,15p' "$0"; exit 2; }
+[ $# -gt 0 ] || { sed -n '2,14p' "$0"; exit 2; }
 for stage in "$@"; do
+    [ "$stage" = pictures ] || $PYTHON -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "error: this needs a GPU")'
     case $stage in judge|teacher|quantized|scores|curve|pictures) $stage ;; *) echo "error: no stage $stage" >&2; exit 2 ;; esac
 done

@@ -35,9 +35,12 @@ def plot(report, path):
             for order, style in (("pool", "o-"), ("trajectory", "x")):
                 points = sorted((r["steps"], r[key]) for r in report["rows"] if (r["rotation"], r["order"]) == (rotation, order))
                 ax.plot(*zip(*points), style, color=colour, label=rotation if order == "pool" else None, markersize=5 if order == "pool" else 9)
+        ax.plot([], [], "x", color="0.3", markersize=9, label="the paper's order")
         ax.axhline(report["teacher"][key], color="0.4", linestyle="--", linewidth=1, label="float")
-        ax.set(xscale="log", xlabel="updates (crosses: in the paper's order of steps)", title=title, yscale="log" if key == "c_fid" else "linear")
-    axes[0].legend()
+        ax.set(xscale="log", xlabel="updates", title=title, yscale="log" if key == "c_fid" else "linear")
+    axes[0].set_yticks([30, 40, 50, 70, 100, 200, 300], [30, 40, 50, 70, 100, 200, 300])
+    axes[0].minorticks_off()
+    axes[1].legend(loc="lower right")
     fig.savefig(path, dpi=110)
 
 

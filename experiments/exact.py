@@ -1,6 +1,6 @@
 """Count mismatches between integer and fake-quantized arithmetic in a trained model: accumulators and pictures.
 
-    python experiments/exact.py CKPT ... -n 100      # writes experiments/exact-DEVICE.json; every count should be 0
+    python experiments/exact.py CKPT ... -n 100 --out FILE.json      # every count should be 0
 
 Accumulators: at three DDIM steps every layer's input of a real trajectory goes through four routes (fake, integer
 view A, integer view B, and on the CPU int64); all sums are compared. Pictures: whole trajectories drawn three times,
@@ -19,12 +19,10 @@ import hqdm  # noqa: E402
 from sample import draw, load_model, noise_and_labels, pick_device, positive, provenance, run_cli  # noqa: E402
 from unet import ddim  # noqa: E402
 
-HERE = Path(__file__).resolve().parent
-
 
 @torch.no_grad()
 def compare_accumulators(model, n, steps):
-    """(sums compared, sums that differ, largest |sum|) over all layers, at the first, a middle and the last step."""
+    """(comparisons of a sum, how many differ, largest |sum|) over all layers, at the first, a middle and the last step."""
     compared = differ = largest = 0
 
     def look(layer, args):
@@ -55,6 +53,7 @@ def main():
     parser.add_argument("checkpoints", nargs="+", metavar="CKPT")
     parser.add_argument("-n", type=positive, default=100, help="pictures from each checkpoint (100)")
     parser.add_argument("--steps", type=positive, default=50)
+    parser.add_argument("--out", help="a JSON file for the counts; without it they are only printed")
     parser.add_argument("--device")
     args = parser.parse_args()
     device, start, rows = pick_device(args.device), time.time(), {}
@@ -73,8 +72,9 @@ def main():
             row[f"pictures_that_differ_{view}"] = int((pictures != fake).flatten(1).any(1).sum())
         rows[path] = row
         print(path, json.dumps(row), flush=True)
-    report = {"checkpoints": rows, **provenance(args, device, time.time() - start)}
-    (HERE / f"exact-{device.type}.json").write_text(json.dumps(report, indent=1) + "\n")
+    if args.out:
+        report = {"checkpoints": rows, **provenance(args, device, time.time() - start)}
+        Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Train the judge: the small CIFAR-10 classifier whose features and class probabilities score generated pictures.
 
-    python experiments/judge.py --data data      # one H200: about 2 minutes; writes checkpoints/judge.pt and judge.json
+    python experiments/judge.py --data data      # one H200: about 2 minutes; writes runs/judge/model.pt and model.json
 
 No label smoothing and no mixing of images: both flatten the class probabilities, and the C-IS is made of those.
 The recipe is a plain one: random crops, flips and 8x8 holes, SGD with Nesterov momentum and one linear warm-up and
@@ -46,7 +46,7 @@ def main():
     parser.add_argument("--batch", type=positive, default=512)
     parser.add_argument("--lr", type=float, default=0.4, help="peak learning rate at batch 512 (0.4)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default=str(HERE.parent / "checkpoints" / "judge.pt"))
+    parser.add_argument("--out", default="runs/judge/model.pt", help="checkpoint; a .json with its accuracy goes beside it")
     parser.add_argument("--device")
     args = parser.parse_args()
     device, start = pick_device(args.device), time.time()
@@ -97,7 +97,7 @@ def main():
     save_checkpoint(args.out, kind="judge", model=state, test_accuracy=accuracy)
     result = {"test_accuracy": accuracy, "n": len(test_labels), "parameters": sum(p.numel() for p in judge.parameters()),
               **provenance(args, device, time.time() - start)}
-    (HERE / "judge.json").write_text(json.dumps(result, indent=1) + "\n")
+    Path(args.out).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result), flush=True)
 
 

@@ -1,6 +1,6 @@
 """Compare learning rates and rotations of the quantized training: short W4A3 runs on the same batches.
 
-    python experiments/rates.py      # writes experiments/rates.json
+    python experiments/rates.py --out experiments/rates.json
 
 Each row multiplies hqdm.RATES (LoRA, s_w, s_x, z_x) by four factors and reports the eps error on unseen noises, untrained
 and trained. The paper's own rates are the row (0.01, 0.01, 1/16, 1/16). The last rows ask how strong the baseline without
@@ -32,6 +32,7 @@ def main():
     parser.add_argument("--steps", type=positive, default=100)
     parser.add_argument("--batch", type=positive, default=8)
     parser.add_argument("--ddim-steps", type=positive, default=10)
+    parser.add_argument("--out", help="a JSON file; without it the rows are only printed")
     parser.add_argument("--device")
     args = parser.parse_args()
     device, start = pick_device(args.device), time.time()
@@ -53,8 +54,9 @@ def main():
             pass
         rows.append({**row, "eps_error": eps_error(student, test)})
         print(rows[-1], flush=True)
-    report = {"rates": hqdm.RATES, "rows": rows, **provenance(args, device, time.time() - start)}
-    (Path(__file__).parent / "rates.json").write_text(json.dumps(report, indent=1) + "\n")
+    if args.out:
+        report = {"rates": hqdm.RATES, "rows": rows, **provenance(args, device, time.time() - start)}
+        Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

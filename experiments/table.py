@@ -27,7 +27,7 @@ def name_of(path):
 def results():
     """Markdown: one row a checkpoint, from scores.json and the runs' metrics."""
     report = read("scores.json")
-    lines = ["| model | C-FID | C-IS | class accuracy | PSNR dB | eps error, untrained -> trained | MB | training s |",
+    lines = ["| model | C-FID | C-IS | class accuracy | PSNR dB | eps error, untrained -> trained | file MB | training s |",
              "|---|---|---|---|---|---|---|---|"]
     first, scores = next(iter(report["scores"].values())), report["scores"]
     for path, s in scores.items():
@@ -49,8 +49,8 @@ def exact():
     rows = report["checkpoints"].values()
     sums, pictures = sum(r["sums"] for r in rows), sum(2 * r["pictures"] for r in rows)
     bad = sum(r["sums_that_differ"] for r in rows), sum(r["pictures_that_differ_A"] + r["pictures_that_differ_B"] for r in rows)
-    return (f"Integer against fake-quantized arithmetic, {', '.join(map(name_of, report['checkpoints']))}, on a CPU: {bad[0]} of {sums:,} sums and "
-            f"{bad[1]} of {pictures} pictures differ.\n")
+    return (f"{', '.join(map(name_of, report['checkpoints']))} on a CPU: {bad[0]} of {sums:,} comparisons of a sum differ (fake against view A, view B and "
+            f"int64), and {bad[1]} of {pictures} of a picture (views A and B, which are two computations for single alone).\n")
 
 
 SECTIONS = {"results": results, "exact": exact}

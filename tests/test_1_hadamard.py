@@ -81,6 +81,9 @@ def test_block_that_does_not_divide_is_refused_with_choices():
     """No silent skip: the message names the blocks that would do."""
     with pytest.raises(ValueError, match="48 channels are not a multiple of the Hadamard block 32; use block 16 or 8"):
         hqdm.hadamard(torch.zeros(1, 48, 2, 2))
+    for channels, choice in ((24, "block 8$"), (20, "block 4$"), (6, "block 2$"), (5, "rotation none$"), (224, "block 32, 16 or 8$")):
+        with pytest.raises(ValueError, match=choice):
+            hqdm.check_block(channels, 64)
     with pytest.raises(ValueError, match="not a power of two"):
         hqdm.hadamard(torch.zeros(1, 48, 2, 2), block=24)
 

@@ -42,6 +42,14 @@ def test_floats_are_refused():
         hqdm.int_conv2d(torch.zeros(1, 8, 2, 2), torch.zeros(8, 8, 1, 1, dtype=torch.int8))
 
 
+def test_an_empty_batch():
+    """No pictures in, none out, of the right shape: integer as fake."""
+    for layer, x in ((hqdm.HQConv2d(nn.Conv2d(32, 8, 3), 4, 4), torch.zeros(0, 32, 5, 5)), (hqdm.HQLinear(nn.Linear(32, 8), 4, 4), torch.zeros(0, 32))):
+        fake = layer(x)
+        layer.integer = True
+        assert layer(x).shape == fake.shape and len(fake) == 0
+
+
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
 

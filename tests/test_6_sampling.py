@@ -72,6 +72,14 @@ def test_a_width_that_the_block_does_not_divide_names_layer_and_choices():
         hqdm.quantize_unet(small_unet(), 4, 3, block=64)
 
 
+def test_a_refused_network_is_left_as_it_was():
+    """Block 64 does not fit every width: the error leaves a float network, which block 16 then quantizes."""
+    unet = small_unet()
+    with pytest.raises(ValueError, match="block 64"):
+        hqdm.quantize_unet(unet, 4, 3, block=64)
+    assert not hqdm.layers(unet) and hqdm.quantize_unet(unet, 4, 3, block=16)
+
+
 def test_a_network_is_quantized_once():
     student, _, quant = quantized()
     with pytest.raises(ValueError, match="quantized already"):
@@ -217,6 +225,25 @@ def test_psnr_of_a_known_error():
     assert abs(sample.psnr(a, a + 1) - 48.1308) < 1e-3 and sample.psnr(a, a) == 99
 
 
+def test_pictures_that_are_not_finite_are_refused():
+    """An absurd guidance gives NaN, which would become black pixels: an error instead."""
+    with pytest.raises(FloatingPointError, match="guidance 1e\\+38"):
+        sample.draw(small_unet(), 2, 3, guidance=1e38)
+
+
+def test_steps_come_from_the_checkpoint(checkpoint, capsys):
+    """Without --steps a quantized model draws with the steps that its scales were trained for; other steps are said aloud."""
+    student = sample.load_model(checkpoint)
+    assert sample.trained_steps({"q": student}) == len(TIMES) and sample.trained_steps({"f": small_unet()}) == 50
+    other = small_unet()
+    hqdm.quantize_unet(other, 4, 3, block=16, timesteps=[999, 0])
+    with pytest.raises(ValueError, match="choose with --steps"):
+        sample.trained_steps({"q": student, "other": other})
+    for more, said in (([], False), (["--steps", 3], True)):
+        sample.main([str(a) for a in [checkpoint, "-n", 1, "--device", "cpu", "--out", checkpoint.with_name("s.png"), *more]])
+        assert ("activation scales for 4 steps" in capsys.readouterr().out) == said
+
+
 def test_to_uint8():
     assert sample.to_uint8(torch.tensor([-1.0, 0.0, 1.0, 1.2])).tolist() == [0, 128, 255, 255]
 
@@ -272,9 +299,9 @@ def checkpoint(tmp_path):
 @pytest.mark.parametrize("argv, message", [
     (["--class", "dragon"], "choose from airplane"), (["-n", "0"], "not a positive number"), (["-n", "1", "--score"], "-n 2 or more"), (["--out", ""], "cannot write"), (["-n", "-3"], "not a positive number"),
     (["--steps", "0"], "not a positive number"), (["--steps", "1001"], "outside 1 .. 1000"), (["--out", "/no/such/folder/x.png"], "cannot write"),
-    (["--seed", "-1"], "not a number from 0"), (["--seed", "9" * 30], "not a number from 0"), (["--npz", "/"], "cannot write"), (["--guidance", "nan"], "guidance"), (["--device", "tpu"], "choose from cpu"), (["no-such.pt"], "no checkpoint")])
+    (["--seed", "-1"], "not a number from 0"), (["--seed", "9" * 30], "not a number from 0"), (["--npz", "/"], "cannot write"), (["--guidance", "nan"], "guidance"), (["--device", "tpu"], "choose from cpu"), (["no-such.pt"], "no checkpoint"), (["twice"], "named twice")])
 def test_bad_input_is_one_line_and_exit_code_2(argv, message, checkpoint, capsys):
-    argv = argv if argv[0] == "no-such.pt" else [checkpoint, "--device", "cpu", "--out", checkpoint.with_name("s.png")] + argv
+    argv = [checkpoint] * 2 if argv == ["twice"] else argv if argv[0] == "no-such.pt" else [checkpoint, "--device", "cpu", "--out", checkpoint.with_name("s.png")] + argv
     code, err = run(capsys, *argv)
     assert code == 2 and message in err.splitlines()[-1] and "Traceback" not in err
 

@@ -239,7 +239,7 @@ def test_teacher_sees_images_and_mirror_images(monkeypatch):
     """Half the pictures are flipped left to right, none upside down, all scaled to [-1, 1]; labels stay with them."""
     images, labels = train.load_bundled()
     seen, model = [], small_unet()
-    def look(net, x_0, y, classes):
+    def look(net, x_0, y, classes, rows):
         seen.append((x_0, y))
         return model.conv_in.weight.sum()
     monkeypatch.setattr(train, "ddpm_loss", look)
@@ -297,8 +297,8 @@ def check(true):
 
 def share_the_work(rank, port, processes, teacher_file, folder):
     """What each process runs: three updates of the float teacher, three of a quantized student, and a whole train.main."""
-    torch.set_num_threads(1)
     if processes > 1:
+        torch.set_num_threads(1)
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     train.start_processes(torch.device("cpu"))
     model, images = small_unet(3).train(), train.load_bundled()
@@ -318,7 +318,7 @@ def share_the_work(rank, port, processes, teacher_file, folder):
     if rank == 0:
         torch.save(steps, folder / f"{processes}.pt")
     if processes > 1:
-        train.main(arguments(teacher_file, folder / "run", "--order", "trajectory"))
+        train.main(arguments(teacher_file, folder / "run", "--order", "trajectory", "--steps", "4"))
 
 
 def test_two_processes_share_one_batch(teacher_file, tmp_path):
@@ -382,7 +382,7 @@ def test_lack_of_memory_is_one_line(capsys):
     """On a CPU torch has no type for it, on a GPU it has; a RuntimeError of another kind is a fault and keeps its traceback."""
     def fail(error):
         raise error
-    for work in (lambda: torch.empty(10**15), lambda: fail(torch.cuda.OutOfMemoryError("can't: out of memory"))):
+    for work in (lambda: torch.empty(10**15), lambda: fail(MemoryError()), lambda: fail(torch.cuda.OutOfMemoryError("can't: out of memory"))):
         with pytest.raises(SystemExit) as stop:
             sample.run_cli(work)
         err = capsys.readouterr().err

@@ -1,0 +1,357 @@
+"""How fast each part is, against what it competes with, on the device at hand.
+
+    python experiments/bench.py                    # everything but the commands: bench.json, bench.png, a table
+    python experiments/bench.py hadamard sampling  # these parts only; the others keep what bench.json has of this device
+    python experiments/bench.py commands           # a CPU: seconds of `make test`, the notebook and the short training
+
+hadamard   the transform: recursion, ours, dense C x C (what the authors' training code does), a copy as the limit
+growth     its cost against n = 2 .. 4096
+update     one quantized training update against one of the float model: same batch, device and code
+sampling   pictures a second: float, fake-quantized, integer in both views
+training   images a second of the float training; other libraries where they are installed
+commands   what a user waits for
+
+Competitors take turns within one loop, so that a slow moment hits all of them; reported is the median and the middle
+half. Times are of warm code: compiling and the first rounds are left out.
+"""
+import argparse
+import contextlib
+import copy
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import hqdm  # noqa: E402
+import train  # noqa: E402
+from sample import HERE as ROOT, draw, load_model, pick_device, positive, provenance, run_cli  # noqa: E402
+from unet import UNet, ddim_timesteps  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+BITS = dict(wbits=4, abits=3)
+
+
+# ---------------------------------------------------------------- measuring
+
+def synchronize(device):
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).synchronize()
+
+
+def compare(runs, device, seconds=2.0, warm=2):
+    """{name: function} -> {name: {"ms", "low", "high", "n"}}: the functions take turns; median and quartiles of each."""
+    times = {name: [] for name in runs}
+    for run in list(runs.values()) * warm:
+        run()
+    began = time.perf_counter()
+    while time.perf_counter() - began < seconds * len(runs) or len(next(iter(times.values()))) < 5:
+        for name, run in runs.items():
+            synchronize(device)
+            start = time.perf_counter()
+            run()
+            synchronize(device)
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: dict(zip(("low", "ms", "high"), np.percentile(t, (25, 50, 75)).round(4).tolist()), n=len(t)) for name, t in times.items()}
+
+
+# ---------------------------------------------------------------- the transform
+
+def recursion(x, block=32):
+    """The definition, block by block along the channels."""
+    return hqdm.fwht(x.movedim(1, -1).unflatten(-1, (-1, block))).flatten(-2).movedim(-1, 1)
+
+
+def hadamard(device, quick):
+    """Rows of part `hadamard`: milliseconds and the share of a copy's bandwidth, for two shapes, dtypes and layouts."""
+    rows = []
+    for shape in ((128, 128, 32, 32), (128, 256, 16, 16)):
+        shape = (4, *shape[1:]) if quick else shape
+        dense = torch.block_diag(*[hqdm.hadamard_matrix(32)] * (shape[1] // 32)).to(device) / 32**0.5
+        for dtype in (torch.float32, torch.bfloat16):
+            for layout in ("channels_last", "NCHW"):
+                x = torch.randn(shape, device=device).to(dtype)
+                x = x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
+                out, matrix = torch.empty_like(x), dense.to(dtype)
+                s, z = torch.full((shape[0], 1, 1, 1), 0.5, device=device, dtype=dtype), 0
+
+                def there_and_back():
+                    return hqdm.hadamard(s * hqdm.quantize(hqdm.hadamard(x), s, z, 3, symmetric=True))
+
+                runs = {"copy": lambda: out.copy_(x), "ours": lambda: hqdm.hadamard(x), "recursion": lambda: recursion(x),
+                        "dense C x C": lambda: torch.einsum("oc,bchw->bohw", matrix, x), "ours, quantize, ours": there_and_back}
+                missing = []
+                try:
+                    from fast_hadamard_transform import hadamard_transform
+                    last = x.movedim(1, -1).contiguous().unflatten(-1, (-1, 32))
+                    runs["fast-hadamard-transform (channels last)"] = lambda: hadamard_transform(last, 32**-0.5)
+                except ImportError:
+                    missing = ["fast-hadamard-transform"]
+                with torch.no_grad(), hqdm.full_float32(device):         # no TF32 for any of them: see the error column
+                    times = compare(runs, device, seconds=0.3)
+                    exact = recursion(x.double().cpu())
+                    for name, t in times.items():
+                        error = None
+                        if name in ("ours", "recursion", "dense C x C"):
+                            error = float(((runs[name]().double().cpu() - exact).norm() / exact.norm()))
+                        rows.append({"what": name, "shape": shape, "dtype": str(dtype)[6:], "layout": layout, **t,
+                                     "of_copy": round(times["copy"]["ms"] / t["ms"], 3), "error": error})
+                rows += [{"what": name, "shape": shape, "dtype": str(dtype)[6:], "layout": layout, "ms": None, "note": "not installed"} for name in missing]
+    ours = next(r for r in rows if r["what"] == "ours")
+    return rows, {"hadamard_fraction_of_copy": ours["of_copy"], "hadamard_error": ours["error"]}
+
+
+def growth(device, quick):
+    """Rows of part `growth`: milliseconds for 2^20 (2^23 on a GPU) numbers in vectors of n, n = 2 .. 4096."""
+    rows = []
+    for n in (2**i for i in range(1, 13)):
+        x = torch.randn((2**20 if quick else 2**23) // n, n, device=device)
+        matrix = hqdm.hadamard_matrix(n, device)
+        fast = (lambda: hqdm.hadamard(x, 1, n)) if n <= 64 else (lambda: hqdm.hadamard(hqdm.fwht(x.unflatten(1, (-1, 64)).mT).mT.flatten(1), 1, 64))
+        with torch.no_grad(), hqdm.full_float32(device):
+            torch.testing.assert_close(fast(), hqdm.fwht(x), rtol=1e-4, atol=1e-4)
+            times = compare({"naive, n^2": lambda: x @ matrix / n**0.5, "recursive, n log n": lambda: hqdm.fwht(x), "matrix blocks up to 64": fast}, device, 0.1)
+        rows += [{"what": name, "n": n, **t} for name, t in times.items()]
+    return rows, {}
+
+
+# ---------------------------------------------------------------- training
+
+@contextlib.contextmanager
+def authors_way():
+    """The layer as the authors' training code computes it, from its description: dense matrices, values on the grid."""
+    def forward(self, x):
+        if self.rotation != "single":
+            return plain(self, x)
+        if not hasattr(self, "dense"):
+            k = self.block
+            self.dense = torch.block_diag(*[hqdm.hadamard_matrix(k, x.device)] * (self.shape[1] // k)) / k**0.5
+        rotate = (lambda v: torch.einsum("oc,bchw->bohw", self.dense, v)) if x.ndim == 4 else (lambda v: v @ self.dense)
+        s = self.log_s_x.exp()[self.steps_of(x)].view((-1,) + (1,) * (x.ndim - 1))
+        x_hat = rotate(s * hqdm.quantize(rotate(x), s, 0, self.abits, True))
+        q_w, s_w = self.quantize_weight()
+        w_hat = (s_w * q_w.flatten(1)).view(self.shape)
+        y = self.multiply(x_hat, w_hat)
+        return y if self.bias is None else y + self.bias.view(self.per_channel)
+
+    plain, hqdm.HQLayer.forward = hqdm.HQLayer.forward, forward
+    try:
+        yield
+    finally:
+        hqdm.HQLayer.forward = plain
+
+
+def updater(teacher, pool, batch, rotation=None):
+    """A function that does one distillation update: of a float copy (rotation None), or of a quantized student."""
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    if rotation is None:
+        groups = [{"params": list(student.parameters()), "base_lr": 1e-6}]
+    else:
+        hqdm.quantize_unet(student, **BITS, rotation=rotation, timesteps=pool["t"].tolist())
+        hqdm.calibrate(student, teacher, ((x[:8], t.expand(8), pool["y"][:8]) for x, t in zip(pool["x"], pool["t"])))
+        groups = hqdm.parameter_groups(student)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=pool["x"].device.type in ("cuda", "cpu"))
+    updates = train.distil_updates(student, optimizer, train.pool_batches(pool, batch, 10**9, seed=0), 10**9)
+    return lambda: next(updates)
+
+
+def peak(run, device):
+    """Peak GPU memory in GiB while run() runs; None without a GPU."""
+    if device.type != "cuda":
+        run()
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return round(torch.cuda.max_memory_allocated() / 2**30, 2)
+
+
+def update(device, quick):
+    """Rows of part `update`: milliseconds of one update, its ratio to the float32 update of the same batch, peak memory."""
+    teacher = load_model(ROOT / "checkpoints" / "teacher.pt", device).requires_grad_(False)
+    pool = train.make_pool(teacher, 8 if quick else 64, 10, seed=1)
+    rows, figures = [], {}
+    for batch in ((4, 16) if quick else (128, 512)):
+        runs = {"float": updater(teacher, pool, batch)}
+        if device.type == "cuda":
+            bf16 = updater(teacher, pool, batch)
+
+            def autocast_update():
+                with train.autocast(device):
+                    bf16()
+            runs["float, bf16"] = autocast_update
+        runs.update({rotation: updater(teacher, pool, batch, rotation) for rotation in hqdm.ROTATIONS})
+        dense = updater(teacher, pool, batch, "single")
+
+        def authors():
+            with authors_way():
+                dense()
+        runs["single, the authors' way"] = authors
+        times = compare(runs, device, seconds=2 if quick else 4)
+        for name, t in times.items():
+            rows.append({"what": name, "batch": batch, **t, "of_float": round(t["ms"] / times["float"]["ms"], 3), "peak_gib": peak(runs[name], device)})
+        figures[f"qat_update_ratio_b{batch}"] = max(r["of_float"] for r in rows if r["batch"] == batch and r["what"] in hqdm.ROTATIONS)
+    return rows, figures
+
+
+def libraries(size=32):
+    """{name: (model, call)} of other libraries' UNets with about our 9 M parameters; missing ones map to None."""
+    found = {}
+    try:
+        from denoising_diffusion_pytorch import Unet
+        found["denoising-diffusion-pytorch"] = (Unet(dim=40, dim_mults=(1, 2, 2, 2)), lambda m, x, t: m(x, t))
+    except ImportError:
+        found["denoising-diffusion-pytorch"] = None
+    try:
+        from diffusers import UNet2DModel
+        model = UNet2DModel(size, block_out_channels=(64, 128, 128, 128), layers_per_block=2, down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+                            up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"))
+        found["diffusers UNet2DModel"] = (model, lambda m, x, t: m(x, t).sample)
+    except ImportError:
+        found["diffusers UNet2DModel"] = None
+    return found
+
+
+def training(device, quick):
+    """Rows of part `training`: images a second of the float teacher's training; the others get the same loop in bf16."""
+    images, labels = (v.to(device) for v in train.load_bundled())
+    batch, runs, parameters = (8 if quick else 512), {}, {}
+    model = UNet().to(device, memory_format=torch.channels_last)
+    ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
+    optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "base_lr": 1e-6}], weight_decay=0.0, fused=device.type in ("cuda", "cpu"))
+    steps = train.teacher_updates(model, ema, optimizer, images, labels, 10**9, batch, seed=0)
+    runs["ours"], parameters["ours"] = (lambda: next(steps)), sum(p.numel() for p in model.parameters())
+
+    def other(net, call):
+        net = net.to(device)
+        adam = torch.optim.AdamW(net.parameters(), lr=1e-6, fused=device.type in ("cuda", "cpu"))
+
+        def step():
+            x = images[torch.randint(len(images), (batch,), device=device)].float() / 127.5 - 1
+            t, eps = torch.randint(1000, (batch,), device=device), torch.randn_like(x)
+            with train.autocast(device):
+                loss = F.mse_loss(call(net, train.add_noise(x, t, eps), t).float(), eps)
+            adam.zero_grad(set_to_none=True)
+            loss.backward()
+            adam.step()
+        return step
+
+    missing = []
+    for name, entry in libraries().items():
+        if entry is None:
+            missing.append({"what": name, "batch": batch, "images_per_s": None, "note": "not installed"})
+        else:
+            runs[name], parameters[name] = other(*entry), sum(p.numel() for p in entry[0].parameters())
+    times = compare(runs, device, seconds=3 if quick else 8, warm=3)
+    rows = [{"what": name, "batch": batch, "parameters": parameters[name], **t, "images_per_s": round(1e3 * batch / t["ms"], 1)} for name, t in times.items()]
+    rate = {r["what"]: r["images_per_s"] for r in rows}
+    figures = {"float_images_per_s": rate["ours"]}
+    for key, name in (("float_vs_ddpm_pytorch", "denoising-diffusion-pytorch"), ("float_vs_diffusers", "diffusers UNet2DModel")):
+        figures[key] = round(rate["ours"] / rate[name], 2) if name in rate else None
+    return rows + missing, figures
+
+
+# ---------------------------------------------------------------- drawing
+
+def sampling(device, quick):
+    """Rows of part `sampling`: pictures a second at 50 DDIM steps, of the bundled float and W4A3 single models."""
+    n, steps = (4, 5) if quick else (500, 5)             # a step costs the same at each t: 5 of them are timed, 50 reported
+    runs = {}
+    for name in ("teacher", "w4a3-none", "w4a3-single"):
+        for view in (None,) if name == "teacher" else (None, "A", "B"):
+            model = load_model(ROOT / "checkpoints" / f"{name}.pt", device)
+            if view:
+                hqdm.set_integer(model, True, view)
+            kind = "float" if name == "teacher" else f"{name}, {'integer ' + view if view else 'fake'}"
+            runs[kind] = lambda model=model: draw(model, n, steps)
+    times = compare(runs, device, seconds=3)
+    rate = {name: 1e3 * n / t["ms"] * steps / 50 for name, t in times.items()}
+    rows = [{"what": name, "batch": n, **t, "images_per_s_50": round(rate[name], 3)} for name, t in times.items()]
+    best = max(rate["w4a3-single, integer A"], rate["w4a3-single, integer B"])
+    return rows, {"integer_vs_float_sampling": round(best / rate["float"], 3), "integer_vs_fake_sampling": round(best / rate["w4a3-single, fake"], 3)}
+
+
+# ---------------------------------------------------------------- what a user waits for
+
+def commands(device, quick):
+    """Rows of part `commands`: seconds of the README's commands, each run once in this environment."""
+    notebook = [str(Path(sys.executable).with_name("jupyter")), "nbconvert", "--to", "notebook", "--execute", "--stdout", "notebooks/outliers.ipynb"]
+    out = ROOT / "runs" / f"bench-{int(time.time())}"
+    rows = []
+    for name, command in (("tests", [sys.executable, "-m", "pytest", "-q"]), ("notebook", notebook),
+                          ("train.py --wbits 4 --abits 3", [sys.executable, "train.py", "--wbits", "4", "--abits", "3", "--out", str(out)])):
+        start = time.perf_counter()
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        rows.append({"what": name, "seconds": round(time.perf_counter() - start, 1)})
+    return rows, {f"seconds_{r['what'].split('.')[0]}": r["seconds"] for r in rows}
+
+
+PARTS = {"hadamard": hadamard, "growth": growth, "update": update, "sampling": sampling, "training": training, "commands": commands}
+
+
+def short_name(device):
+    """h200, h100, cpu2, mps: the key of this device in bench.json."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device).lower().replace("nvidia", "").split()[0]
+    return f"cpu{torch.get_num_threads()}" if device.type == "cpu" else device.type
+
+
+def table(rows):
+    """The rows of one part as text: every column that any row has."""
+    columns = list(dict.fromkeys(key for r in rows for key in r))
+    cells = [columns] + [["" if r.get(c) is None else f"{r[c]:.3g}" if isinstance(r[c], float) and r[c] < 100 else str(r[c]) for c in columns] for r in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells)
+
+
+def chart(report, path):
+    """Bars of three parts of the first layout, for every device in the report."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    devices = list(report)
+    fig, axes = plt.subplots(len(devices), 3, figsize=(13, 2.6 * len(devices)), layout="constrained", squeeze=False)
+    for row, name in zip(axes, devices):
+        parts = report[name]["parts"]
+        first = [r for r in parts.get("hadamard", []) if r["dtype"] == "float32" and r["layout"] == "channels_last" and r.get("of_copy")]
+        first = [r for r in first if r["shape"] == first[0]["shape"]]
+        batches = parts.get("update", [])
+        bars = [("share of a copy's speed", [(r["what"], r["of_copy"]) for r in first]),
+                ("one update, ratio to float", [(f"{r['what']}, {r['batch']}", r["of_float"]) for r in batches]),
+                ("pictures a second, 50 steps", [(r["what"], r["images_per_s_50"]) for r in parts.get("sampling", [])])]
+        for ax, (title, pairs) in zip(row, bars):
+            ax.barh([k for k, _ in pairs][::-1], [v for _, v in pairs][::-1], color="C0")
+            ax.set_title(f"{name}: {title}", fontsize=9)
+            ax.tick_params(labelsize=7)
+    fig.savefig(path, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (all but commands)")
+    parser.add_argument("--device")
+    args = parser.parse_args()
+    unknown = [p for p in args.parts if p not in PARTS]
+    if unknown:
+        raise ValueError(f"there is no part {unknown[0]}; choose from {', '.join(PARTS)}")
+    device = pick_device(args.device)
+    path, key = HERE / "bench.json", short_name(device)
+    report = json.loads(path.read_text()) if path.exists() else {}
+    entry = report.setdefault(key, {"figures": {}, "parts": {}, "provenance": {}})
+    for part in args.parts or [p for p in PARTS if p != "commands"]:
+        start = time.time()
+        rows, figures = PARTS[part](device, quick=device.type == "cpu")
+        print(f"\n{part} on {key}\n{table(rows)}\n{figures}", flush=True)
+        entry["parts"][part] = rows
+        entry["figures"].update(figures)
+        entry["provenance"][part] = provenance(args, device, time.time() - start)
+        path.write_text(json.dumps(report, indent=1) + "\n")                 # after each part: a kill loses one
+    chart(report, HERE / "bench.png")
+
+
+if __name__ == "__main__":
+    run_cli(main)
