@@ -218,8 +218,12 @@ def search_scale(v, bits, symmetric, p, shrinks=80, lo=None, hi=None):
     """Rows of v (R, n) -> scale s (R, 1) and zero point z (R, 1), by trying 80 shrinks of each row's (min, max).
 
     Kept is the shrink with the least sum |v - v_hat|^p: p = 2.4 for weights (the authors' code), 2 for activations.
-    lo, hi (R, 1): the range to shrink, where v is only a sample. All candidates are tried at once: (80, R, n).
+    lo, hi (R, 1): the range to shrink, where v is only a sample. All candidates are tried at once: (80, R, n); on a CPU
+    for a few rows at a time, so that this stays in the cache (measured: seven times faster).
     """
+    few = max(1, 2**21 // (shrinks * v.shape[1]))
+    if v.device.type == "cpu" and len(v) > few and lo is None and hi is None:
+        return tuple(map(torch.cat, zip(*(search_scale(rows, bits, symmetric, p, shrinks) for rows in v.split(few)))))
     lo = (v.amin(1, keepdim=True) if lo is None else lo).clamp(max=0)        # 0 stays on the grid: zero padding is exact
     hi = (v.amax(1, keepdim=True) if hi is None else hi).clamp(min=0)
     q_min, q_max = grid(bits, symmetric)

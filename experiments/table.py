@@ -4,7 +4,7 @@
     python experiments/table.py --write    # put them into README.md, each between its two markers
 
 scores.json is what sample.py --score wrote, NAME.json the metrics.json of the run that made each checkpoint,
-exact-cpu.json what exact.py counted.
+exact-cpu.json what exact.py counted, bench.json what bench.py measured.
 """
 import json
 import sys
@@ -44,13 +44,15 @@ def results():
 
 
 def exact():
-    """Markdown: one sentence on integer against fake-quantized arithmetic, from exact-cpu.json."""
-    report = read("exact-cpu.json")
+    """Markdown: integer against fake-quantized arithmetic, its equality from exact-cpu.json and its speed from bench.json."""
+    report, speed = read("exact-cpu.json"), read("bench.json")["cpu2"]["figures"]
     rows = report["checkpoints"].values()
     sums, pictures = sum(r["sums"] for r in rows), sum(2 * r["pictures"] for r in rows)
     bad = sum(r["sums_that_differ"] for r in rows), sum(r["pictures_that_differ_A"] + r["pictures_that_differ_B"] for r in rows)
     return (f"{', '.join(map(name_of, report['checkpoints']))} on a CPU: {bad[0]} of {sums:,} comparisons of a sum differ (fake against view A, view B and "
-            f"int64), and {bad[1]} of {pictures} of a picture (views A and B, which are two computations for single alone).\n")
+            f"int64), and {bad[1]} of {pictures} of a picture (views A and B, which are two computations for single alone). "
+            f"W4A3 single draws {speed['integer_vs_fake_sampling']:.2f} times as fast in integers as fake-quantized and {speed['integer_vs_float_sampling']:.2f} "
+            f"times as fast as the float model (2 cores, `experiments/bench.py`).\n")
 
 
 SECTIONS = {"results": results, "exact": exact}

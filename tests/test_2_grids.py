@@ -56,6 +56,14 @@ def test_scale_search_against_brute_force(bits, symmetric, p):
         assert_close(error(row, scale, zero), min(errors), rtol=1e-4, atol=0)
 
 
+def test_scale_search_of_many_rows_is_the_search_of_each():
+    """A CPU takes a few rows at a time: 50 rows of 1,000 give what 50 searches of one row give."""
+    v = torch.randn(50, 1000) * torch.rand(50, 1)
+    alone = [hqdm.search_scale(row, 4, False, 2.4) for row in v.split(1)]
+    for found, parts in zip(hqdm.search_scale(v, 4, False, 2.4), zip(*alone)):
+        assert_close(found, torch.cat(parts))
+
+
 def test_scale_search_survives_a_dead_row():
     """A row of zeros (a pruned channel) gets a positive scale: its logarithm must exist."""
     s, z = hqdm.search_scale(torch.zeros(2, 9), 4, False, 2.4)
