@@ -247,12 +247,12 @@ def accumulator_bound(taps, q_x_max, q_w_max, block=1):
     return math.ceil(taps * math.sqrt(block) * q_x_max * q_w_max)
 
 
-def _digits(x, x_max, limit, base):
-    """Integers up to x_max -> [(int8 tensor, shift)] with x = sum digit * 2^shift: low digits 0 .. 2^base - 1, the last +-limit."""
+def _digits(x, x_max, limit, bits):
+    """Integers up to x_max -> [(int8 tensor, shift)] with x = sum digit * 2^shift: low digits 0 .. 2^bits - 1, the last +-limit."""
     digits, shift = [], 0
     while x_max > limit:
-        digits.append(((x & (2**base - 1)).to(torch.int8), shift))
-        x, x_max, shift = x >> base, (x_max >> base) + 1, shift + base       # x >> base rounds down: hence the + 1
+        digits.append(((x & (2**bits - 1)).to(torch.int8), shift))
+        x, x_max, shift = x >> bits, (x_max >> bits) + 1, shift + bits       # x >> bits rounds down: hence the + 1
     return digits + [(x.to(torch.int8), shift)]
 
 
@@ -271,7 +271,7 @@ def int_operand(q_w, x_max=127):
     """
     rows = rearrange(q_w, "O C kh kw -> O (kh kw C)") if q_w.ndim == 4 else q_w          # channels last: long runs to copy
     limit = 32767 // (2 * (128 + min(x_max, 127)))
-    digits = _digits(rows.to(torch.int32), int(rows.abs().max()), limit, base=6)
+    digits = _digits(rows.to(torch.int32), int(rows.abs().max()), limit, bits=6)
     rows = torch.cat([F.pad(d, (0, -d.shape[1] % 8, 0, -d.shape[0] % 8)) for d, _ in digits])
     return IntOperand(rows, tuple(shift for _, shift in digits), q_w.shape)
 
@@ -296,7 +296,7 @@ def int_linear(x, q_w, route="int8", x_max=None, columns=lambda x: x):
     x_max = int(x.abs().max()) if x_max is None else x_max
     w = q_w if isinstance(q_w, IntOperand) else int_operand(q_w, x_max)
     o, step, acc = w.shape[0], len(w.rows) // len(w.shifts), None
-    for digit, i in _digits(x, x_max, 127, base=7):
+    for digit, i in _digits(x, x_max, 127, bits=7):
         a = columns(digit)
         m, n = a.shape
         # cuBLASLt wants more than 16 rows and multiples of 8 elsewhere: padding with zeros changes no sum. It also wants the
@@ -538,8 +538,10 @@ class HQLayer(nn.Module):
         if self.rotation == "single" and view == "A":
             q_x, x_max = walsh(q_x, self.dim, self.block), x_max * self.block
         if route == "int64":
-            return self.multiply_int(q_x, self._integer_weight(view), route, x_max)
-        return self.multiply_int(q_x, self._once(view, lambda: int_operand(self._integer_weight(view), x_max)), route, x_max)
+            q_w = self._integer_weight(view)
+        else:
+            q_w = self._once(view, lambda: int_operand(self._integer_weight(view), x_max))
+        return self.multiply_int(q_x, q_w, route, x_max)
 
     def _integer_weight(self, view):
         q_w = self.quantize_weight()[0].detach().to(torch.int16)

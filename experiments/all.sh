@@ -66,6 +66,11 @@ pictures() {
 
 [ $# -gt 0 ] || { sed -n '2,14p' "$0"; exit 2; }
 for stage in "$@"; do
-    [ "$stage" = pictures ] || $PYTHON -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "error: this needs a GPU")'
-    case $stage in judge|teacher|quantized|scores|curve|pictures) $stage ;; *) echo "error: no stage $stage" >&2; exit 2 ;; esac
+    case $stage in
+        pictures) ;;
+        judge|teacher|quantized|scores|curve)
+            $PYTHON -c 'import torch; exit(not torch.cuda.is_available())' || { echo "error: stage $stage needs a GPU" >&2; exit 2; } ;;
+        *) echo "error: no stage $stage" >&2; exit 2 ;;
+    esac
+    $stage
 done

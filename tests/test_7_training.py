@@ -386,7 +386,7 @@ def test_lack_of_memory_is_one_line(capsys):
         with pytest.raises(SystemExit) as stop:
             sample.run_cli(work)
         err = capsys.readouterr().err
-        assert stop.value.code == 2 and "memory" in err and len(err.splitlines()) == 1
+        assert stop.value.code == 2 and "memory" in err.lower() and len(err.splitlines()) == 1
     with pytest.raises(RuntimeError, match="a fault"):
         sample.run_cli(lambda: fail(RuntimeError("a fault")))
 
