@@ -110,6 +110,11 @@ def check_block(channels, block):
 @contextlib.contextmanager
 def full_float32(device):
     """No TF32 and no autocast inside: TF32 keeps 11 bits, an error of 1e-3 in H x, and moves values across grid lines."""
+    autocast_off = torch.autocast(device.type, enabled=False) if device.type in ("cpu", "cuda") else contextlib.nullcontext()
+    if torch.compiler.is_compiling():                # torch.compile cannot trace these switches: who compiles turns them, once
+        with autocast_off:
+            yield
+        return
     # torch 2.9 gave these settings a name for each library, and refuses the old common name to programs that use the new.
     matmuls = [m for m in (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)) if hasattr(m, "fp32_precision")]
     old = [m.fp32_precision for m in matmuls] or torch.get_float32_matmul_precision()
@@ -118,7 +123,7 @@ def full_float32(device):
     if not matmuls:
         torch.set_float32_matmul_precision("highest")
     try:
-        with torch.autocast(device.type, enabled=False) if device.type in ("cpu", "cuda") else contextlib.nullcontext():
+        with autocast_off:
             yield
     finally:
         for m, precision in zip(matmuls, old):
@@ -146,35 +151,39 @@ def walsh(x, dim=1, block=32):
     Any shape. Integer tensors give int32; float32 tensors may hold integers up to 2^24 / block. Raises ValueError as
     check_block does.
     """
-    if not x.is_floating_point():                    # matmul takes no integers on a GPU: add and subtract instead
-        check_block(x.shape[dim], block)
-        parts = x.to(torch.int32).movedim(dim, -1).unflatten(-1, (-1, block))
-        return _fwht(parts).flatten(-2).movedim(-1, dim)
-    with full_float32(x.device):
-        return _blocks(x, hadamard_matrix(block, x.device, x.dtype), dim, block)
+    if x.is_floating_point():
+        return _Transform.apply(x, dim, block, 1.0)
+    if fast_gpu(x, block):
+        return _walsh_gpu(x, dim, block, 1.0, torch.int32)
+    check_block(x.shape[dim], block)                 # matmul takes no integers on a GPU: add and subtract instead
+    parts = x.to(torch.int32).movedim(dim, -1).unflatten(-1, (-1, block))
+    return _fwht(parts).flatten(-2).movedim(-1, dim)
 
 
-class _Hadamard(torch.autograd.Function):
-    """y = H x has the gradient H^T g = H g: nothing needs to be saved for the way back."""
+class _Transform(torch.autograd.Function):
+    """y = scale R x has the gradient scale R^T g = scale R g: nothing needs to be saved for the way back."""
 
     @staticmethod
-    def forward(ctx, x, dim, block):
-        ctx.dim, ctx.block = dim, block
+    def forward(ctx, x, dim, block, scale):
+        ctx.args = dim, block, scale
+        if fast_gpu(x, block):
+            return _walsh_gpu(x, dim, block, scale, x.dtype)
         with full_float32(x.device):
-            return _blocks(x, hadamard_matrix(block, x.device, x.dtype) / math.sqrt(block), dim, block)
+            return _blocks(x, hadamard_matrix(block, x.device, x.dtype) * scale, dim, block)
 
     @staticmethod
     def backward(ctx, g):
-        return hadamard(g, ctx.dim, ctx.block), None, None
+        return _Transform.apply(g, *ctx.args), None, None, None
 
 
 def hadamard(x, dim=1, block=32):
     """H x: orthonormal and block-diagonal along `dim`; its own inverse and its own gradient. Same shape as x.
 
-    A (block x block) matrix product: at k = 32 faster than the recursion, which passes over memory log2 k times.
-    Equals fwht on each block. Raises ValueError where the block does not divide the width.
+    A (block x block) matrix product: at k = 32 faster than the recursion, which passes over memory log2 k times; on a GPU
+    one kernel at nearly the speed of a copy (section 4). Equals fwht on each block. Raises ValueError where the block does
+    not divide the width.
     """
-    return _Hadamard.apply(x, dim, block)
+    return _Transform.apply(x, dim, block, block**-0.5)
 
 
 # ---------------------------------------------------------------- 2. grids, rounding, and where a grid's scale comes from
@@ -259,7 +268,7 @@ def _digits(x, x_max, limit, bits):
 class IntOperand(NamedTuple):
     """Weights ready for integer products, made once by int_operand: `rows` int8 (digits * o, n), zeros up to multiples of 8."""
     rows: torch.Tensor
-    shifts: tuple                                    # of each digit
+    shifts: tuple                                    # of each digit; None: rows are whole, for the kernel of section 4
     shape: torch.Size                                # of the weights: (C_out, C_in, kh, kw) or (C_out, C_in)
 
 
@@ -270,34 +279,58 @@ def int_operand(q_w, x_max=127):
     32767. That leaves weights 64 (x_max = 127) to 125 (x_max = 3); larger ones get two digits or more.
     """
     rows = rearrange(q_w, "O C kh kw -> O (kh kw C)") if q_w.ndim == 4 else q_w          # channels last: long runs to copy
+    w_max = int(rows.abs().max())
+    if fast_gpu(q_w) and max(w_max, x_max) < 2**14:
+        return IntOperand(rows.to(torch.int8 if w_max <= 127 else torch.int16).contiguous(), None, q_w.shape)
     limit = 32767 // (2 * (128 + min(x_max, 127)))
-    digits = _digits(rows.to(torch.int32), int(rows.abs().max()), limit, bits=6)
+    digits = _digits(rows.to(torch.int32), w_max, limit, bits=6)
     rows = torch.cat([F.pad(d, (0, -d.shape[1] % 8, 0, -d.shape[0] % 8)) for d, _ in digits])
     return IntOperand(rows, tuple(shift for _, shift in digits), q_w.shape)
 
 
-def int_linear(x, q_w, route="int8", x_max=None, columns=lambda x: x):
-    """Exact integer product x (m, n) with weights (o, n) -> (m, o) int32; any integer dtypes, or an IntOperand.
+def int_linear(x, q_w, route="int8", x_max=None, scales=None):
+    """Exact integer product x (.., n) with weights (o, n) -> (.., o) int32; any integer dtypes, or an IntOperand.
 
-    route "int8": torch._int_mm, int8 x int8 -> int32, digit by digit. CPU and CUDA.
+    route "int8": int8 x int8 -> int32, digit by digit. CPU and CUDA.
     route "int64": the definition, on the CPU.
-    x_max: the largest |x| possible; None looks, which makes the host wait for a GPU. columns: what turns x into (m, n).
+    x_max: the largest |x| possible; None looks, which makes the host wait for a GPU. scales: as in integer_accumulator.
     Raises ValueError on a device that has no such product; TypeError where an operand is not integer.
     """
+    # A token is a pixel: (B, tokens, n) -> (B, n, tokens, 1), a view that is channels_last.
+    pixels = x.reshape(len(x), math.prod(x.shape[1:-1]), x.shape[-1]).transpose(1, 2)[..., None]
+    return _int_product(pixels, q_w, route, x_max, 1, 1, 1, 0, scales).view(*x.shape[:-1], q_w.shape[0])
+
+
+def int_conv2d(q_x, q_w, stride=1, padding=0, route="int8", x_max=None, scales=None):
+    """Integer convolution: q_x (B, C, h, w), q_w (C_out, C, kh, kw), any integer dtypes -> int32 (B, C_out, h', w').
+
+    Zero padding is exact, because 0 is the integer of 0.0 on our grids. The result is channels_last.
+    Arguments and errors: int_linear.
+    """
+    _, _, kh, kw = q_w.shape
+    acc = _int_product(q_x, q_w, route, x_max, kh, kw, stride, padding, scales)
+    h, w = ((q_x.shape[i] + 2 * padding - k) // stride + 1 for i, k in ((2, kh), (3, kw)))
+    return rearrange(acc.view(len(q_x), h, w, q_w.shape[0]), "B h w O -> B O h w")
+
+
+def _int_product(x, q_w, route, x_max, kh, kw, stride, padding, scales):
+    """x (B, C, h, w) -> (B h' w', C_out): im2col, then one exact integer product; on a fast_gpu without the copies."""
     if x.is_floating_point() or torch.is_tensor(q_w) and q_w.is_floating_point():
         raise TypeError("integer products take integer tensors, and one of these is float")
     if route == "int64":
         if x.device.type != "cpu":
             raise ValueError("the int64 route runs on the cpu: no GPU multiplies int64 matrices")
         rows = rearrange(q_w, "O C kh kw -> O (kh kw C)") if q_w.ndim == 4 else q_w
-        return (columns(x).long() @ rows.long().T).to(torch.int32)
+        return (int_columns(x, kh, kw, stride, padding).long() @ rows.long().T).to(torch.int32)
     if x.device.type not in ("cpu", "cuda"):
         raise ValueError(f"integer layers run on cpu and cuda, not on {x.device.type}; use --device cpu")
     x_max = int(x.abs().max()) if x_max is None else x_max
     w = q_w if isinstance(q_w, IntOperand) else int_operand(q_w, x_max)
+    if w.shifts is None:
+        return _int_gpu(x.to(torch.int8 if x_max <= 127 else torch.int16), w.rows, kh, kw, stride, padding, scales)
     o, step, acc = w.shape[0], len(w.rows) // len(w.shifts), None
     for digit, i in _digits(x, x_max, 127, bits=7):
-        a = columns(digit)
+        a = int_columns(digit, kh, kw, stride, padding)
         m, n = a.shape
         # cuBLASLt wants more than 16 rows and multiples of 8 elsewhere: padding with zeros changes no sum. It also wants the
         # second operand stored by columns: stored by rows it refuses tall products (204,800 x 32 by 32 x 64, say).
@@ -308,6 +341,9 @@ def int_linear(x, q_w, route="int8", x_max=None, columns=lambda x: x):
             term = part[:m, k * step:k * step + o]
             term = term << (i + j) if i + j else term
             acc = term if acc is None else acc + term            # int32 wraps around, and the true sum fits: exact
+    if scales:                                       # weights too large for the kernel's int16
+        s_x, s_w, bias = scales
+        return _scale_gpu(acc.float().view(len(x), -1, o), s_x, s_w, bias, torch.empty(len(x), m // max(1, len(x)), o, device=x.device)).view(m, o)
     return acc
 
 
@@ -318,18 +354,6 @@ def int_columns(x, kh, kw, stride, padding):
     x = rearrange(x, "B h w C -> B h (w C)")         # kw neighbours with all their channels are one run of memory
     x = x.unfold(2, kw * C, stride * C).unfold(1, kh, stride)                # (B, h', w', kw C, kh), a view
     return rearrange(x, "B h w kwC kh -> (B h w) (kh kwC)")
-
-
-def int_conv2d(q_x, q_w, stride=1, padding=0, route="int8", x_max=None):
-    """Integer convolution: q_x (B, C, h, w), q_w (C_out, C, kh, kw), any integer dtypes -> int32 (B, C_out, h', w').
-
-    im2col, then one exact integer product. Zero padding is exact, because 0 is the integer of 0.0 on our grids.
-    Arguments and errors: int_linear. The result is channels_last.
-    """
-    _, _, kh, kw = q_w.shape
-    acc = int_linear(q_x, q_w, route, x_max, lambda x: int_columns(x, kh, kw, stride, padding))
-    h, w = ((q_x.shape[i] + 2 * padding - k) // stride + 1 for i, k in ((2, kh), (3, kw)))
-    return rearrange(acc.view(-1, h, w, len(acc.T)), "B h w O -> B O h w")
 
 
 def pack_weights(q, bits):
@@ -348,7 +372,243 @@ def unpack_weights(packed, bits, shape):
     return packed[:math.prod(shape)].view(shape)
 
 
-# ---------------------------------------------------------------- 4. the quantized layers
+# ---------------------------------------------------------------- 4. the same in one pass over a GPU's memory
+
+# Optional: everything here has its definition elsewhere in this file, and the tests compare the two. Triton comes with
+# torch on Linux; where it is missing, and on GPUs older than Ampere, the definitions do the work. A tensor is channels_last
+# or contiguous here: a pixel's (or a token's) channels lie side by side, and so do the blocks of the transform.
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+
+def fast_gpu(x, block=32):
+    """Whether the kernels of this section take x. Their matrix units want blocks of 16 or more."""
+    return (triton is not None and x.is_cuda and 16 <= block <= 256 and x.dtype != torch.float64
+            and torch.cuda.get_device_properties(x.device).major >= 8)
+
+
+if triton is not None:
+    @triton.jit
+    def _rotate(x, K: tl.constexpr):
+        """(rows, K) float32 -> x R. TF32 units keep 11 bits: x = high + low are two such halves, and +-1 needs one bit."""
+        i, j = tl.arange(0, K)[:, None], tl.arange(0, K)[None, :]
+        common = i & j                                           # R_ij = (-1)^(number of common one bits of i and j)
+        common ^= common >> 4
+        common ^= common >> 2
+        common ^= common >> 1
+        R = 1.0 - 2.0 * (common & 1).to(tl.float32)
+        high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)       # 8192 = 2^13, and 24 - 13 = 11
+        return tl.dot(high, R, input_precision="tf32") + tl.dot(x - high, R, input_precision="tf32")
+
+    @triton.jit
+    def _walsh_kernel(x_ptr, y_ptr, vectors, scale: tl.constexpr, inner: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr):
+        """y = scale R x for vectors of K numbers that lie `inner` apart in memory. Each program does ROWS vectors."""
+        v = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        offsets = (v // inner * (K * inner) + v % inner)[:, None] + tl.arange(0, K)[None, :] * inner
+        mask = (v < vectors)[:, None] & (tl.arange(0, K) < K)[None, :]
+        x = tl.load(x_ptr + offsets, mask, other=0).to(tl.float32)
+        tl.store(y_ptr + offsets, (_rotate(x, K) * scale).to(y_ptr.dtype.element_ty), mask)
+
+    @triton.jit
+    def _levels(x_ptr, s_ptr, z_ptr, n, K: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr):
+        """How both kernels below begin: where a tile of ROWS x K numbers lies, t = H x / s, t rounded, s and z."""
+        sample = tl.program_id(1)
+        at = tl.program_id(0) * (ROWS * K) + tl.arange(0, ROWS)[:, None] * K + tl.arange(0, K)[None, :]
+        offsets, mask = sample.to(tl.int64) * n + at, at < n
+        x, s, z = tl.load(x_ptr + offsets, mask, other=0).to(tl.float32), tl.load(s_ptr + sample), tl.load(z_ptr + sample)
+        if NORM != 1.0:
+            x = _rotate(x, K) * NORM
+        t = x * (1 / s)
+        t += (x - t * s) * (1 / s)                               # Newton's step: as good as the slow division
+        # Adding 1.5 * 2^23 leaves no bit below 1: this rounds, ties to even. Off the grid the exact integer is no matter.
+        near = tl.minimum(tl.maximum(t, -4194304.0), 4194304.0)
+        return offsets, mask, t, (near + 12582912.0) - 12582912.0, s, z
+
+    @triton.jit
+    def _quantize_kernel(x_ptr, s_ptr, z_ptr, q_ptr, n, low, high, K: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr):
+        """q = clamp(round(H x / s) + z, low, high) - z, for samples of n numbers with an s and a z each. NORM 1: no H."""
+        offsets, mask, t, rounded, s, z = _levels(x_ptr, s_ptr, z_ptr, n, K, ROWS, NORM)
+        q = tl.minimum(tl.maximum(rounded + z, low), high) - z
+        tl.store(q_ptr + offsets, q.to(q_ptr.dtype.element_ty), mask)
+
+    @triton.jit
+    def _quantize_backward_kernel(g_ptr, x_ptr, s_ptr, z_ptr, gx_ptr, gs_ptr, gz_ptr, n, low, high,
+                                  K: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr):
+        """The gradients of _quantize_kernel: of x at every place; of s and z as one sum a program."""
+        offsets, mask, t, rounded, s, z = _levels(x_ptr, s_ptr, z_ptr, n, K, ROWS, NORM)
+        g = tl.load(g_ptr + offsets, mask, other=0).to(tl.float32)
+        inside = (rounded + z >= low) & (rounded + z <= high)
+        gx = tl.where(inside, g * (1 / s), 0.0)
+        part = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        tl.store(gs_ptr + part, -tl.sum(tl.sum(gx * t, 1), 0))   # d(x/s)/ds = -(x/s)/s
+        tl.store(gz_ptr + part, -tl.sum(tl.sum(tl.where(inside, 0.0, g), 1), 0))         # inside, z is added and taken off again
+        if NORM != 1.0:
+            gx = _rotate(gx, K) * NORM
+        tl.store(gx_ptr + offsets, gx, mask)
+
+    @triton.jit
+    def _scale_kernel(acc_ptr, s_x_ptr, s_w_ptr, bias_ptr, y_ptr, n, C, g_ptr, gs_ptr, ROWS: tl.constexpr, COLS: tl.constexpr, BACKWARD: tl.constexpr):
+        """y = acc * (s_x s_w) + bias over n pixels of a sample. BACKWARD: y = g * (s_x s_w), and sums of g * acc a program."""
+        sample, c = tl.program_id(1), tl.program_id(2) * COLS + tl.arange(0, COLS)
+        pixel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        offsets = (sample.to(tl.int64) * n + pixel)[:, None] * C + c[None, :]
+        mask = (pixel < n)[:, None] & (c < C)[None, :]
+        acc = tl.load(acc_ptr + offsets, mask, other=0)
+        s = tl.load(s_x_ptr + sample) * tl.load(s_w_ptr + c, c < C, other=0)
+        if BACKWARD:
+            g = tl.load(g_ptr + offsets, mask, other=0)
+            part = (sample * tl.num_programs(0) + tl.program_id(0)) * C
+            tl.store(gs_ptr + part + c, tl.sum(g * acc, 0), c < C)
+            tl.store(y_ptr + offsets, g * s[None, :], mask)
+        else:
+            tl.store(y_ptr + offsets, acc * s[None, :] + tl.load(bias_ptr + c, c < C, other=0)[None, :], mask)
+
+    @triton.jit
+    def _int_kernel(x_ptr, w_ptr, y_ptr, s_x_ptr, s_w_ptr, bias_ptr, pixels, h, w, h_out, w_out, C, outs, kw, taps, stride, padding,
+                    PIXELS: tl.constexpr, OUTS: tl.constexpr, CHANNELS: tl.constexpr, WIDE_X: tl.constexpr, WIDE_W: tl.constexpr, SCALE: tl.constexpr):
+        """Integer x (B, h, w, C) and w (outs, taps, C) -> y (pixels, outs): int32 sums, or float32 sums * (s_x s_w) + bias.
+
+        Each program sums PIXELS x OUTS outputs over all taps and channels; no patches are copied. Integer units take int8:
+        wide operands (int16, up to 14 bits) are cut into x = low + 128 high, and the three shifts summed apart.
+        """
+        pixel, out = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS), tl.program_id(1) * OUTS + tl.arange(0, OUTS)
+        b, i, j = pixel // (h_out * w_out), pixel // w_out % h_out * stride - padding, pixel % w_out * stride - padding
+        chunks = tl.cdiv(C, CHANNELS)
+        acc = tl.zeros((PIXELS, OUTS), tl.int32)
+        if WIDE_X or WIDE_W:
+            acc7 = tl.zeros((PIXELS, OUTS), tl.int32)
+        if WIDE_X and WIDE_W:
+            acc14 = tl.zeros((PIXELS, OUTS), tl.int32)
+        for k in range(taps * chunks):
+            tap, c = k // chunks, k % chunks * CHANNELS + tl.arange(0, CHANNELS)
+            y, x = i + tap // kw, j + tap % kw
+            inside = (pixel < pixels) & (y >= 0) & (y < h) & (x >= 0) & (x < w)
+            q_x = tl.load(x_ptr + (((b * h + y) * w + x) * C)[:, None] + c[None, :], inside[:, None] & (c < C)[None, :], other=0)
+            q_w = tl.load(w_ptr + ((out * taps + tap) * C)[None, :] + c[:, None], (out < outs)[None, :] & (c < C)[:, None], other=0)
+            low_x, low_w = q_x, q_w
+            if WIDE_X:
+                low_x, high_x = (q_x & 127).to(tl.int8), (q_x >> 7).to(tl.int8)
+            if WIDE_W:
+                low_w, high_w = (q_w & 127).to(tl.int8), (q_w >> 7).to(tl.int8)
+            acc = tl.dot(low_x, low_w, acc, out_dtype=tl.int32)
+            if WIDE_X:
+                acc7 = tl.dot(high_x, low_w, acc7, out_dtype=tl.int32)
+            if WIDE_W:
+                acc7 = tl.dot(low_x, high_w, acc7, out_dtype=tl.int32)
+            if WIDE_X and WIDE_W:
+                acc14 = tl.dot(high_x, high_w, acc14, out_dtype=tl.int32)
+        if WIDE_X or WIDE_W:
+            acc += acc7 << 7
+        if WIDE_X and WIDE_W:
+            acc += acc14 << 14
+        y_ptrs, mask = y_ptr + pixel.to(tl.int64)[:, None] * outs + out[None, :], (pixel < pixels)[:, None] & (out < outs)[None, :]
+        if SCALE:
+            s = tl.load(s_x_ptr + b, pixel < pixels, other=0)[:, None] * tl.load(s_w_ptr + out, out < outs, other=0)[None, :]
+            tl.store(y_ptrs, acc.to(tl.float32) * s + tl.load(bias_ptr + out, out < outs, other=0)[None, :], mask)
+        else:
+            tl.store(y_ptrs, acc, mask)
+
+
+def _dense(x):
+    """x in one of the two layouts that the kernels read, copied only where it has neither."""
+    return x if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+
+
+def _like(g, x):
+    """g in the layout of x."""
+    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return g.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def _walsh_gpu(x, dim, block, scale, dtype, ROWS=128):
+    """scale R x along dim, block by block, read and written once; any float or integer dtype in, any out."""
+    dim %= x.ndim
+    check_block(x.shape[dim], block)
+    side_by_side = x.ndim == 4 and dim == 1 and x.is_contiguous(memory_format=torch.channels_last)
+    x = x if side_by_side else x.contiguous()
+    y, vectors, inner = torch.empty_like(x, dtype=dtype), x.numel() // block, 1 if side_by_side else math.prod(x.shape[dim + 1:])
+    if vectors:
+        _walsh_kernel[(triton.cdiv(vectors, ROWS),)](x, y, vectors, scale, inner, block, ROWS)
+    return y
+
+
+class _QuantizeGPU(torch.autograd.Function):
+    """quantize(hadamard(x), s, z, ..), or without the transform (block 1): x is read once and q written once.
+
+    x (B, ..), s and z (B,): samples with their own scale. Weights come as (C_out, n), their rows are the samples.
+    """
+
+    @staticmethod
+    def forward(ctx, x, s, z, low, high, block, dtype):
+        x, width = _dense(x), max(block, 32)
+        ctx.save_for_backward(x, s, z)
+        ctx.args = (x.numel() // max(1, len(x)), low, high, width, 4096 // width, block**-0.5)
+        q = torch.empty_like(x, dtype=dtype)
+        if x.numel():
+            _quantize_kernel[(triton.cdiv(ctx.args[0], 4096), len(x))](x, s, z, q, *ctx.args)
+        return q
+
+    @staticmethod
+    def backward(ctx, g):
+        x, s, z = ctx.saved_tensors
+        tiles = triton.cdiv(ctx.args[0], 4096)
+        gx, gs, gz = torch.empty_like(x), s.new_empty(len(x), tiles), s.new_empty(len(x), tiles)
+        if x.numel():
+            _quantize_backward_kernel[(tiles, len(x))](_like(g, x), x, s, z, gx, gs, gz, *ctx.args)
+        return gx, gs.sum(1), gz.sum(1), None, None, None, None
+
+
+class _ScaleGPU(torch.autograd.Function):
+    """bias + acc * (s_x s_w): acc (B, C, h, w) channels_last or (B, .., C); s_x (B,), s_w (C,), bias (C,), not trained."""
+
+    @staticmethod
+    def forward(ctx, acc, s_x, s_w, bias):
+        acc = acc.contiguous(memory_format=torch.channels_last) if acc.ndim == 4 else acc.contiguous()
+        ctx.save_for_backward(acc, s_x, s_w)
+        return _scale_gpu(acc, s_x, s_w, bias, torch.empty_like(acc))
+
+    @staticmethod
+    def backward(ctx, g):
+        acc, s_x, s_w = ctx.saved_tensors
+        C, out = len(s_w), torch.empty_like(acc)
+        sums = s_x.new_empty(len(acc), triton.cdiv(acc.numel() // max(1, len(acc) * C), 64), C)
+        _scale_gpu(acc, s_x, s_w, s_w, out, _like(g, acc), sums)
+        sums = sums.sum(1)                                       # (B, C): sums of g * acc over a sample's pixels
+        return out, (sums * s_w).sum(1), (sums * s_x[:, None]).sum(0), None
+
+
+def _scale_gpu(acc, s_x, s_w, bias, y, g=None, sums=None):
+    C, n = len(s_w), acc.numel() // max(1, len(acc) * len(s_w))
+    if acc.numel():                                              # no fused multiply-add: _int_kernel must round as this does
+        cols = min(64, triton.next_power_of_2(C))
+        _scale_kernel[(triton.cdiv(n, 64), len(acc), triton.cdiv(C, cols))](
+            acc, s_x, s_w, bias, y, n, C, acc if g is None else g, y if sums is None else sums, 64, cols, g is not None, enable_fp_fusion=False)
+    return y
+
+
+def _int_gpu(x, w, kh=1, kw=1, stride=1, padding=0, scales=None):
+    """Integer x (B, C, h, w) or (m, C) and weights (outs, kh kw C), int8 or int16 each -> (pixels, outs) int32.
+
+    scales (s_x, s_w, bias): float32 instead, and scaled as _ScaleGPU does it, to the last bit.
+    """
+    x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x.contiguous()
+    B, C, h, w_in = x.shape if x.ndim == 4 else (*x.shape, 1, 1)
+    h_out, w_out = ((size + 2 * padding - k) // stride + 1 for size, k in ((h, kh), (w_in, kw)))
+    pixels, outs, wide = B * h_out * w_out, len(w), [t.dtype == torch.int16 for t in (x, w)]
+    y = torch.empty(pixels, outs, dtype=torch.float32 if scales else torch.int32, device=x.device)
+    if pixels:
+        OUTS = 64 if outs <= 64 or any(wide) else 128
+        CHANNELS = 128 if C % 128 == 0 and not any(wide) else 64 if C > 32 else 32
+        _int_kernel[(triton.cdiv(pixels, 128), triton.cdiv(outs, OUTS))](
+            x, w, y, *(scales or (y, y, y)), pixels, h, w_in, h_out, w_out, C, outs, kw, kh * kw, stride, padding,
+            128, OUTS, CHANNELS, *wide, scales is not None, enable_fp_fusion=False)
+    return y
+
+
+# ---------------------------------------------------------------- 5. the quantized layers
 
 class Clock:
     """Which DDIM step each sample is at. One for all layers of a network, set from t before every forward.
@@ -357,12 +617,13 @@ class Clock:
     """
 
     def __init__(self, timesteps):
-        self.timesteps, self.step = torch.tensor(list(timesteps)), None
+        self.timesteps, self.step, self.one_hot = torch.tensor(list(timesteps)), None, None
 
     def set(self, t):
         """t (B,) -> step (B,): the nearest of the timesteps that the scales were trained for."""
         self.timesteps = self.timesteps.to(t.device)
         self.step = (t[:, None] - self.timesteps).abs().argmin(dim=1)
+        self.one_hot = F.one_hot(self.step, len(self.timesteps)).float()         # (B, S)
 
 
 class HQLayer(nn.Module):
@@ -393,7 +654,7 @@ class HQLayer(nn.Module):
         self.block = block if rotation != "none" else 1
         self.clock = clock or Clock([0])
         self.symmetric = rotation != "none"          # rotated values spread around 0; what SiLU puts out does not
-        self.integer, self.view = False, "B"         # see set_integer
+        self.integer, self.view = False, None        # see set_integer
         self._cache = {}
 
         # The largest operands and sums that the formats allow: they decide how a sum is computed (see accumulator).
@@ -429,27 +690,28 @@ class HQLayer(nn.Module):
             self.log_s_w = nn.Parameter(s.log())
             self.register_buffer("z_w", z)
 
-    def steps_of(self, x):
-        """(B,) which activation scale each sample of x takes. RuntimeError where there are many and the clock is not set."""
+    def at_step(self, values, x):
+        """values (S,) -> (B,): the one of each sample's step. RuntimeError where there are many and the clock is not set."""
         if self.clock.step is not None:
-            return self.clock.step
-        if len(self.log_s_x) > 1:
+            return self.clock.one_hot @ values       # values[step], exactly; its gradient is a product too, not a sort
+        if len(values) > 1:
             raise RuntimeError("which DDIM step is this? call the layer through its UNet, or clock.set(t) first")
-        return torch.zeros(len(x), dtype=torch.long, device=x.device)
+        return values.expand(len(x))
 
     # -- the two operands of the product
 
-    def quantize_input(self, x):
-        """x -> (H x on its grid, integers in a float tensor; s_x (B, 1, ..)). H x and 1 at 32 bits. Differentiable."""
-        v = hadamard(x, self.dim, self.block) if self.rotation != "none" else x
+    def quantize_input(self, x, dtype=torch.float32):
+        """x -> (H x on its grid, integers stored as dtype; s_x (B, 1, ..)). H x and 1 at 32 bits. Differentiable."""
         if self.abits == 32:
-            return v, 1.0
-        step = self.steps_of(x)
+            return hadamard(x, self.dim, self.block) if self.rotation != "none" else x, x.new_ones(())
         shape = (-1,) + (1,) * (x.ndim - 1)
-        s = self.log_s_x.exp()[step].view(shape)                 # each sample has the scale of its own step
+        s = self.at_step(self.log_s_x.exp(), x)                  # each sample has the scale of its own step
         # A zero point off the grid would take 0.0 off it too, and zero padding would no longer be exact.
-        z = 0 if self.symmetric else round_ste(self.z_x).clamp(*grid(self.abits, False))[step].view(shape)
-        return quantize(v, s, z, self.abits, self.symmetric), s
+        z = torch.zeros_like(s) if self.symmetric else self.at_step(round_ste(self.z_x).clamp(*grid(self.abits, False)), x)
+        if fast_gpu(x, max(self.block, 16)):
+            return _QuantizeGPU.apply(x, s, z, *grid(self.abits, self.symmetric), self.block, dtype), s.view(shape)
+        v = hadamard(x, self.dim, self.block) if self.rotation != "none" else x
+        return quantize(v, s.view(shape), z.view(shape), self.abits, self.symmetric).to(dtype), s.view(shape)
 
     def quantize_weight(self):
         """(q_w - z, integers in a float tensor; s_w (C_out, 1)). The float weight and 1 at 32 bits. Differentiable."""
@@ -461,8 +723,12 @@ class HQLayer(nn.Module):
             w = w + (self.lora_B @ self.lora_A.flatten(1)).view(self.shape)      # (C_out, r) x (r, C_in kh kw)
         if self.wbits == 32:
             return w, 1.0
-        s = self.log_s_w.exp()
-        return quantize(w.flatten(1), s, self.z_w, self.wbits, symmetric=False).view(self.shape), s
+        s, w = self.log_s_w.exp(), w.flatten(1)
+        if fast_gpu(w):                                          # the same kernel: rows are its samples, and nothing is rotated
+            q = _QuantizeGPU.apply(w, s.flatten(), self.z_w.flatten(), *grid(self.wbits, False), 1, torch.float32)
+        else:
+            q = quantize(w, s, self.z_w, self.wbits, symmetric=False)
+        return q.view(self.shape), s
 
     def operand(self):
         """What q_x is multiplied with, and its scale: (q_w - z) R and s_w / sqrt(k) for single, else q_w - z and s_w.
@@ -501,12 +767,20 @@ class HQLayer(nn.Module):
             return self._forward(x.float())
 
     def _forward(self, x):
-        q_x, s_x = self.quantize_input(x)
+        """bias + acc * s: the one place where scales meet integers, read and written once."""
+        q_x, s_x = self.quantize_input(x, self._narrow(self.q_x_max) if self.integer else torch.float32)
         q_w, s_w = self.operand()
+        if fast_gpu(x) and self.wbits != 32 and self.abits != 32:
+            scales = s_x.flatten(), s_w.flatten(), torch.zeros_like(s_w.flatten()) if self.bias is None else self.bias
+            return self.integer_accumulator(q_x, scales=scales) if self.integer else _ScaleGPU.apply(self.accumulator(q_x, q_w), *scales)
         acc = self.integer_accumulator(q_x).float() if self.integer else self.accumulator(q_x, q_w)
         s = s_x * (s_w if isinstance(s_w, float) else s_w.view(self.per_channel))
-        bias = 0 if self.bias is None else self.bias.view(self.per_channel)
-        return bias + acc * s                                    # the one place where scales meet integers
+        return acc * s if self.bias is None else torch.addcmul(self.bias.view(self.per_channel), acc, s)
+
+    @staticmethod
+    def _narrow(largest):
+        """The smallest integer type that holds -largest .. largest."""
+        return torch.int8 if largest <= 127 else torch.int16
 
     def accumulator(self, q_x, q_w):
         """The sums of the fake-quantized layer, in float32 and still exact integers. Differentiable.
@@ -529,19 +803,24 @@ class HQLayer(nn.Module):
                 rest = rest >> m
         return y + (acc.float() - y).detach()                    # the value of acc, rounded once; the gradient of y
 
-    def integer_accumulator(self, q_x, view=None, route="int8"):
-        """The same sums by integer arithmetic alone, int32. q_x: as quantize_input gives it. view: "A" or "B"."""
+    def integer_accumulator(self, q_x, view=None, route="int8", scales=None):
+        """The same sums by integer arithmetic alone, int32. q_x: as quantize_input gives it. view: "A" or "B".
+
+        scales (s_x, s_w, bias), on a fast_gpu: not the sums but the layer's output.
+        """
         if not self.on_grid:
             raise ValueError(f"a W{self.wbits}A{self.abits} layer has no integer form; use 2 to 8 bits for both")
-        view, x_max = view or self.view, self.q_x_max
-        q_x = q_x.detach().to(torch.int8 if x_max <= 127 else torch.int16)
+        # Integer additions are slow on a CPU, which rotates the weights once instead; on a GPU rotating q_x keeps the weights in int8.
+        view, x_max = view or self.view or ("A" if fast_gpu(q_x, self.block) else "B"), self.q_x_max
+        q_x = q_x.detach().to(self._narrow(x_max))
         if self.rotation == "single" and view == "A":
-            q_x, x_max = walsh(q_x, self.dim, self.block), x_max * self.block
+            x_max = x_max * self.block
+            q_x = _walsh_gpu(q_x, self.dim, self.block, 1.0, self._narrow(x_max)) if fast_gpu(q_x, self.block) else walsh(q_x, self.dim, self.block)
         if route == "int64":
             q_w = self._integer_weight(view)
         else:
             q_w = self._once(view, lambda: int_operand(self._integer_weight(view), x_max))
-        return self.multiply_int(q_x, q_w, route, x_max)
+        return self.multiply_int(q_x, q_w, route, x_max, scales)
 
     def _integer_weight(self, view):
         q_w = self.quantize_weight()[0].detach().to(torch.int16)
@@ -556,7 +835,7 @@ class HQLayer(nn.Module):
         pick = torch.randint(len(v), (samples,), generator=torch.Generator().manual_seed(0)).to(v.device)
         lo, hi = v.amin().view(1, 1), v.amax().view(1, 1)        # the range of all values; the error of a sample
         s, z = search_scale(v[pick][None], self.abits, self.symmetric, p=2, lo=lo, hi=hi)
-        step = self.steps_of(x)[0]
+        step = 0 if self.clock.step is None else self.clock.step[0]
         self.log_s_x[step] = s[0, 0].log()
         if not self.symmetric:
             self.z_x[step] = z[0, 0]
@@ -611,8 +890,8 @@ class HQConv2d(HQLayer):
     def multiply(self, q_x, q_w):
         return F.conv2d(q_x, q_w, stride=self.stride, padding=self.padding)
 
-    def multiply_int(self, q_x, q_w, route, x_max):
-        return int_conv2d(q_x, q_w, self.stride, self.padding, route, x_max)
+    def multiply_int(self, q_x, q_w, route, x_max, scales=None):
+        return int_conv2d(q_x, q_w, self.stride, self.padding, route, x_max, scales)
 
 
 class HQLinear(HQLayer):
@@ -623,11 +902,11 @@ class HQLinear(HQLayer):
     def multiply(self, q_x, q_w):
         return F.linear(q_x, q_w)
 
-    def multiply_int(self, q_x, q_w, route, x_max):
-        return int_linear(q_x.flatten(0, -2), q_w, route, x_max).view(*q_x.shape[:-1], self.shape[0])
+    def multiply_int(self, q_x, q_w, route, x_max, scales=None):
+        return int_linear(q_x, q_w, route, x_max, scales)
 
 
-# ---------------------------------------------------------------- 5. a whole UNet
+# ---------------------------------------------------------------- 6. a whole UNet
 
 # First and last layers and the resampling and skip convolutions stay at 8 bits: few bytes, and all later layers see
 # their error. On an 8-bit grid outliers do no harm, so none of them is rotated.
@@ -680,10 +959,11 @@ def _set_clock(unet, args, kwargs):
 
 
 def _float_row(name, layer):
-    why = {nn.Embedding: "a table look-up: nothing is multiplied", nn.GroupNorm: "a normalisation, no matrix"}
+    why = ("a table look-up: nothing is multiplied" if isinstance(layer, nn.Embedding) else "a normalisation, no matrix"
+           if isinstance(layer, nn.GroupNorm) else "q k^T and its softmax; its qkv and proj are rows of their own")
     size = 4 * sum(p.numel() for p in layer.parameters(recurse=False))
     return {"layer": name, "kind": type(layer).__name__, "wbits": 32, "abits": 32, "rotation": "none", "block": 1,
-            "note": "float: " + why.get(type(layer), "q k^T and its softmax; its qkv and proj are rows of their own"),
+            "note": "float: " + why,
             "accumulator_bound": 0, "float_bytes": size, "bytes": size}
 
 
@@ -760,15 +1040,15 @@ def freeze(model):
         layer.freeze()
 
 
-def set_integer(model, on=True, view="B"):
-    """Let every quantized layer compute in integers (or not), in view A or B. The outputs are the same bits.
+def set_integer(model, on=True, view=None):
+    """Let every quantized layer compute in integers (or not), in view A or B (None: the faster). The outputs are the same bits.
 
     Raises ValueError where the model has no quantized layer, or one without an integer form.
     """
     found = layers(model)
     if on and not found:
         raise ValueError("this model has no quantized layer to run in integers: it is a float checkpoint")
-    if view not in ("A", "B"):
+    if view not in ("A", "B", None):
         raise ValueError(f"view {view!r} does not exist; choose A or B")
     for layer in found:
         if on and not layer.on_grid:

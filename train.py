@@ -39,7 +39,7 @@ import torch.nn.functional as F
 
 import hqdm
 from sample import (HERE, draw, load_model, natural, noise_and_labels, pick_device, positive, provenance, read_checkpoint,
-                    run_cli, save_checkpoint, save_grids)
+                    recorded, run_cli, save_checkpoint, save_grids)
 from unet import UNet, ddim, ddim_timesteps, ddpm_loss
 
 # ---------------------------------------------------------------- the data: CIFAR-10's own binary files, no pickle
@@ -179,6 +179,11 @@ def spread(model):
     return DDP(model, **{switch: False})
 
 
+def compiled(net, device, steps):
+    """net, compiled where that pays back its minute: in a long run, on a GPU, where torch's GPU compiler exists."""
+    return torch.compile(net) if device.type == "cuda" and hqdm.triton is not None and steps >= 500 else net
+
+
 def mean_over_processes(value):
     """A scalar on the model's device -> its mean over all processes, detached."""
     value = value.detach()
@@ -209,15 +214,43 @@ def decay(step, steps, warmup=0, shape="cosine"):
     return 0.5 * (1 + math.cos(math.pi * done)) if shape == "cosine" else 1 - done
 
 
-def update(optimizer, loss, params, factor, clip=1.0):
-    """One optimiser step at `factor` times each group's own learning rate. Returns the norm of the gradient."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(params, clip)
-    optimizer.step()
-    return norm
+def adamw(groups, device):
+    """AdamW without weight decay, every group of parameters in one kernel; each has its learning rate at full as base_lr."""
+    cuda = device.type == "cuda"
+    return torch.optim.AdamW(groups, weight_decay=0.0, fused=cuda or device.type == "cpu", capturable=cuda)
+
+
+def updater(optimizer, compute_loss, device):
+    """A function of (factor, *tensors): one optimiser step on compute_loss(*tensors), at `factor` times each group's base_lr.
+
+    It returns the loss and the norm of the gradient, which is clipped to 1. On a GPU the whole step is recorded.
+    """
+    groups = optimizer.param_groups
+    params = [p for group in groups for p in group["params"]]
+    if device.type == "cuda":                        # a recorded step reads its rates from the GPU; a number would be recorded with it
+        for group in groups:
+            group["lr"] = torch.tensor(group["base_lr"], device=device)
+
+    def step(*tensors):
+        optimizer.zero_grad(set_to_none=True)
+        loss = compute_loss(*tensors)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        return loss.detach(), norm.detach()
+
+    step = recorded(step, device) if world()[1] == 1 else step
+
+    def update(factor, *tensors):
+        for group in groups:
+            if torch.is_tensor(group["lr"]):
+                group["lr"].fill_(group["base_lr"] * factor)
+            else:
+                group["lr"] = group["base_lr"] * factor
+        loss, norm = step(*tensors)
+        return mean_over_processes(loss), norm
+
+    return update
 
 
 SAVE_SECONDS, LOG_STEPS = 60, 50
@@ -284,32 +317,22 @@ def teacher_updates(model, ema, optimizer, images, labels, steps, batch, seed, f
 
     images uint8 (N, 3, 32, 32), labels (N,), both on the model's device.
     """
-    device = images.device
-    # torch.compile pays back its minute of compiling only in a long run, and only where its GPU compiler exists.
-    net = spread(model)
-    net = torch.compile(net) if device.type == "cuda" and steps > 2000 and has_triton() else net
-    params = list(model.parameters())
+    device, net = images.device, compiled(spread(model), images.device, steps)
     model.train()
+
+    def compute_loss(x_0, y):
+        with autocast(device):
+            return ddpm_loss(net, x_0, y, model.classes, rows=my_rows())
+
+    update = updater(optimizer, compute_loss, device)
     for step in range(first, steps):
         seed_step(seed, step)
         pick = torch.randint(len(images), (batch,), device=device)
         x_0 = images[pick].float() / 127.5 - 1
         x_0 = torch.where(torch.rand(batch, 1, 1, 1, device=device) < 0.5, x_0, x_0.flip(3))      # mirror half of them
-        x_0 = x_0.contiguous(memory_format=torch.channels_last)
-        with autocast(device):
-            loss = ddpm_loss(net, x_0, labels[pick], model.classes, rows=my_rows())
-        norm = update(optimizer, loss, params, decay(step, steps, warmup=min(500, steps // 10)))
+        result = update(decay(step, steps, warmup=min(500, steps // 10)), x_0.contiguous(memory_format=torch.channels_last), labels[pick])
         ema.update_parameters(model)
-        yield mean_over_processes(loss), norm.detach()
-
-
-def has_triton():
-    """Whether torch.compile can make GPU code here."""
-    try:
-        import triton  # noqa: F401
-        return True
-    except ImportError:
-        return False
+        yield result
 
 
 def train_teacher(args, device, out):
@@ -322,8 +345,7 @@ def train_teacher(args, device, out):
     # The average looks back over the last tenth of the run, whatever its length: 0.9999 at 100,000 steps.
     ema = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(max(0.5, 1 - 10 / args.steps)))
-    optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "base_lr": args.lr}], lr=args.lr,
-                                  weight_decay=0.0, fused=device.type in ("cuda", "cpu"))
+    optimizer = adamw([{"params": list(model.parameters()), "base_lr": args.lr}], device)
     print(f"float teacher: {sum(p.numel() for p in model.parameters()):,} parameters, {len(images):,} images, "
           f"EMA {max(0.5, 1 - 10 / args.steps):.5f}", flush=True)
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
@@ -350,12 +372,13 @@ def make_pool(teacher, n, ddim_steps, seed, batch=250):
     Every eleventh label is "none", about as in the teacher's own training, so that guidance works on the student too.
     """
     device = next(teacher.parameters()).device
+    net = recorded(teacher, device)
     noise, y = noise_and_labels(n, seed, teacher.classes)
     y = torch.where(torch.arange(n) % (teacher.classes + 1) == teacher.classes, teacher.classes, y).to(device)
     parts = []
     for x, labels in zip(noise.split(batch), y.split(batch)):
         x = x.to(device, memory_format=torch.channels_last)
-        t, xs, epss = zip(*((t, x_t, eps) for t, x_t, eps, _ in ddim(teacher, x, labels, ddim_steps)))
+        t, xs, epss = zip(*((t, x_t, eps) for t, x_t, eps, _ in ddim(net, x, labels, ddim_steps)))
         parts.append((torch.stack(xs), torch.stack(epss)))
     x, eps = (torch.cat(p, dim=1) for p in zip(*parts))
     return {"x": x, "eps": eps, "t": torch.tensor(t, device=device), "y": y}
@@ -373,32 +396,32 @@ def pool_batches(pool, batch, steps, seed, first=0):
 def trajectory_batches(teacher, batch, steps, ddim_steps, seed, first=0):
     """Batches in the paper's order: new noise, then the teacher's walk from t = T-1 to 0, all samples at one t."""
     device = next(teacher.parameters()).device
+    net = recorded(teacher, device)
     for walk in range(first // ddim_steps, math.ceil(steps / ddim_steps)):
         seed_step(seed, walk)
         x = torch.randn(batch, 3, 32, 32)[my_rows()].to(device, memory_format=torch.channels_last)
         y = torch.randint(teacher.classes + 1, (batch,))[my_rows()].to(device)
-        for i, (t, x_t, eps, _) in enumerate(ddim(teacher, x, y, ddim_steps), start=walk * ddim_steps):
+        for i, (t, x_t, eps, _) in enumerate(ddim(net, x, y, ddim_steps), start=walk * ddim_steps):
             if first <= i < steps:                  # after a resume the walk is repeated up to where the kill came
                 yield x_t, torch.full_like(y, t), y, eps
 
 
 def distil_updates(student, optimizer, batches, steps, first=0):
     """Train the quantized student in place: yields (loss, gradient norm) a step. loss = mean (eps_s - eps_t)^2."""
-    params, net = [p for group in optimizer.param_groups for p in group["params"]], spread(student)
+    net, device = spread(student), next(student.parameters()).device
+    update = updater(optimizer, lambda x, t, y, eps: F.mse_loss(net(x, t, y), eps), device)
     for step, (x, t, y, eps) in enumerate(batches, start=first):
-        loss = F.mse_loss(net(x.contiguous(memory_format=torch.channels_last), t, y), eps)
-        norm = update(optimizer, loss, params, decay(step, steps, shape="linear"))
-        yield mean_over_processes(loss), norm.detach()
+        yield update(decay(step, steps, shape="linear"), x.contiguous(memory_format=torch.channels_last), t, y, eps)
 
 
 @torch.no_grad()
 def eps_error(student, pool, batch=250):
     """Mean (eps_student - eps_teacher)^2 over a pool: the printed measure of a student, on noises it never saw."""
-    total = 0.0
+    total, net = 0.0, recorded(student, pool["x"].device)
     for s in range(len(pool["t"])):
         for x, y, eps in zip(pool["x"][s].split(batch), pool["y"].split(batch), pool["eps"][s].split(batch)):
             x = x.contiguous(memory_format=torch.channels_last)
-            total += F.mse_loss(student(x, pool["t"][s].expand(len(x)), y), eps, reduction="sum").item()
+            total += F.mse_loss(net(x, pool["t"][s].expand(len(x)), y), eps, reduction="sum").item()
     return total / pool["eps"].numel()
 
 
@@ -426,7 +449,7 @@ def train_quantized(args, device, out):
     before = eps_error(student, test)
     print(f"calibrated ({time.time() - began:.0f} s); eps error without training {before:.5f}", flush=True)
 
-    optimizer = torch.optim.AdamW(hqdm.parameter_groups(student, args.lr), weight_decay=0.0, fused=device.type in ("cuda", "cpu"))
+    optimizer = adamw(hqdm.parameter_groups(student, args.lr), device)
     parts = {"model": student, "optimizer": optimizer}
     losses, spent = restore(state, out, parts)
     began -= spent

@@ -132,7 +132,7 @@ def authors_way():
             k = self.block
             self.dense = torch.block_diag(*[hqdm.hadamard_matrix(k, x.device)] * (self.shape[1] // k)) / k**0.5
         rotate = (lambda v: torch.einsum("oc,bchw->bohw", self.dense, v)) if x.ndim == 4 else (lambda v: v @ self.dense)
-        s = self.log_s_x.exp()[self.steps_of(x)].view((-1,) + (1,) * (x.ndim - 1))
+        s = self.log_s_x.exp()[self.clock.step].view((-1,) + (1,) * (x.ndim - 1))
         x_hat = rotate(s * hqdm.quantize(rotate(x), s, 0, self.abits, True))
         q_w, s_w = self.quantize_weight()
         w_hat = (s_w * q_w.flatten(1)).view(self.shape)
@@ -155,7 +155,7 @@ def updater(teacher, pool, batch, rotation=None):
         hqdm.quantize_unet(student, **BITS, rotation=rotation, timesteps=pool["t"].tolist())
         hqdm.calibrate(student, teacher, ((x[:8], t.expand(8), pool["y"][:8]) for x, t in zip(pool["x"], pool["t"])))
         groups = hqdm.parameter_groups(student)
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=pool["x"].device.type in ("cuda", "cpu"))
+    optimizer = train.adamw(groups, pool["x"].device)
     updates = train.distil_updates(student, optimizer, train.pool_batches(pool, batch, 10**9, seed=0), 10**9)
     return lambda: next(updates)
 
@@ -222,7 +222,7 @@ def training(device, quick):
     batch, runs, parameters = (8 if quick else 512), {}, {}
     model = UNet().to(device, memory_format=torch.channels_last)
     ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
-    optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "base_lr": 1e-6}], weight_decay=0.0, fused=device.type in ("cuda", "cpu"))
+    optimizer = train.adamw([{"params": list(model.parameters()), "base_lr": 1e-6}], device)
     steps = train.teacher_updates(model, ema, optimizer, images, labels, 10**9, batch, seed=0)
     runs["ours"], parameters["ours"] = (lambda: next(steps)), sum(p.numel() for p in model.parameters())
 

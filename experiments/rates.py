@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import hqdm  # noqa: E402
 from sample import load_model, pick_device, positive, provenance, run_cli  # noqa: E402
-from train import HERE, distil_updates, eps_error, make_pool, pool_batches  # noqa: E402
+from train import HERE, adamw, distil_updates, eps_error, make_pool, pool_batches  # noqa: E402
 from unet import ddim_timesteps  # noqa: E402
 
 ROWS = [("single", factors) for factors in [(0.01, 0.01, 1 / 16, 1 / 16), (0.1, 0.1, 1, 1), (1, 1, 1, 1), (1, 1, 4, 1),
@@ -49,7 +49,7 @@ def main():
         for group in groups:
             name = next(n for n, p in student.named_parameters() if p is group["params"][0]).rpartition(".")[2]
             group["base_lr"] *= row["factors"]["lora" if name == "lora_A" else name.removeprefix("log_")]
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        optimizer = adamw(groups, device)
         for _ in distil_updates(student, optimizer, pool_batches(pool, args.batch, args.steps, seed=0), args.steps):
             pass
         rows.append({**row, "eps_error": eps_error(student, test)})

@@ -11,6 +11,9 @@ sys.path.insert(0, str(ROOT))
 from unet import UNet  # noqa: E402
 
 
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+
+
 def small_unet(seed=0):
     """Two levels, 32 and 64 channels, attention at 16x16. The zero-initialised layers are filled, or nothing would show."""
     torch.manual_seed(seed)

@@ -6,6 +6,7 @@ import torch
 from torch.testing import assert_close
 
 import hqdm
+from conftest import DEVICES
 
 
 def dense(n):
@@ -41,27 +42,35 @@ def test_fast_transform_is_the_block_diagonal_matrix(block, shape, dim):
     assert_close(y, hqdm.fwht(blocks).flatten(-2).movedim(-1, dim), rtol=1e-12, atol=1e-12)
 
 
-def test_memory_formats_agree():
+@pytest.mark.parametrize("device", DEVICES)
+def test_memory_formats_agree(device):
     """NCHW and channels_last take different routes to the same values, and each keeps its format."""
-    x = torch.randn(2, 64, 4, 4)
+    x = torch.randn(2, 64, 4, 4, device=device)
     last = hqdm.hadamard(x.to(memory_format=torch.channels_last), 1, 32)
     assert last.is_contiguous(memory_format=torch.channels_last) and hqdm.hadamard(x, 1, 32).is_contiguous()
     assert_close(last, hqdm.hadamard(x, 1, 32))
 
 
-def test_float32_error_is_small():
-    """Against float64 the float32 transform errs by less than 1e-6 of the norm: TF32 would err by 1e-3."""
-    x = torch.randn(8, 128, 16, 16)
-    exact = hqdm.hadamard(x.double(), 1, 32)
-    assert (hqdm.hadamard(x, 1, 32) - exact).norm() / exact.norm() < 1e-6
+@pytest.mark.parametrize("block", [8, 16, 32, 64, 128])
+@pytest.mark.parametrize("device", DEVICES)
+def test_float32_error_is_small(block, device):
+    """Against float64 the float32 transform errs by less than 1e-6 of the norm (TF32 would err by 1e-3), and so does its gradient."""
+    x = torch.randn(5, 128, 3, 7, device=device, requires_grad=True)
+    for v in (x, x.contiguous(memory_format=torch.channels_last), x.transpose(1, 3)):
+        dim = 1 if v.shape[1] == 128 else -1
+        exact = hqdm.hadamard(v.detach().double(), dim, block)
+        y = hqdm.hadamard(v, dim, block)
+        g, = torch.autograd.grad(y, v, exact.float())
+        assert (y - exact).norm() / exact.norm() < 1e-6 and (g - v).norm() / v.norm() < 1e-6
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.int16])
-def test_walsh_keeps_integers(dtype):
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.int16, torch.int8])
+def test_walsh_keeps_integers(dtype, device):
     """R x is an exact integer, the same from matmul on floats and from additions on integers."""
     q = torch.randint(-7, 8, (2, 64, 3, 3))
     oracle = (q.movedim(1, -1) @ (block_dense(64, 32) * math.sqrt(32)).round().long()).movedim(-1, 1)
-    assert torch.equal(hqdm.walsh(q.to(dtype), 1, 32).long(), oracle)
+    assert torch.equal(hqdm.walsh(q.to(device, dtype), 1, 32).cpu().long(), oracle)
 
 
 def test_single_numbers():

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 import hqdm
+from conftest import DEVICES
 
 
 def conv_int64(q_x, q_w, stride, padding):
@@ -48,9 +49,6 @@ def test_an_empty_batch():
         fake = layer(x)
         layer.integer = True
         assert layer(x).shape == fake.shape and len(fake) == 0
-
-
-DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -128,7 +126,7 @@ def test_views_multiply_what_they_say(monkeypatch):
     layer.fit_input(x := torch.randn(2, 64, 4, 4))
     q_x, q_w, seen = layer.quantize_input(x)[0].detach(), layer.quantize_weight()[0].detach(), []
     monkeypatch.setattr(hqdm, "int_operand", lambda q_w, x_max: q_w)
-    monkeypatch.setattr(hqdm.HQConv2d, "multiply_int", lambda self, a, b, route, x_max: seen.append((a, b)))
+    monkeypatch.setattr(hqdm.HQConv2d, "multiply_int", lambda self, a, b, route, x_max, scales: seen.append((a, b)))
     for view in "AB":
         layer.integer_accumulator(q_x, view)
     assert torch.equal(seen[0][0].float(), hqdm.walsh(q_x)) and torch.equal(seen[0][1].float(), q_w)

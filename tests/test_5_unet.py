@@ -7,6 +7,7 @@ import torch.nn as nn
 from torch.testing import assert_close
 
 import unet as U
+from conftest import DEVICES
 
 
 def test_size_and_widths():
@@ -24,6 +25,22 @@ def test_shapes_and_labels(unet):
     assert none.shape == x.shape
     assert torch.equal(none, unet(x, t, torch.tensor([10, 10]))) and not torch.equal(none, unet(x, t, torch.tensor([1, 2])))
     assert not torch.allclose(none[1], unet(x, torch.tensor([3, 200]))[1])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_group_norm_is_pytorchs(offset, device):
+    """Values and gradients of the definition in float64, also where the mean is far larger than the spread."""
+    norm = U.GroupNorm(32, 64).to(device)
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    x = (torch.randn(3, 64, 5, 4, device=device) + offset).contiguous(memory_format=torch.channels_last).requires_grad_()
+    g = torch.randn(3, 64, 5, 4, device=device)
+    y, x64 = norm(x), x.detach().double().requires_grad_()
+    exact = nn.functional.group_norm(x64, 32, norm.weight.double(), norm.bias.double(), norm.eps)
+    tolerance = dict(rtol=1e-4, atol=1e-4 * (1 + 5 * offset))
+    assert_close(y.double(), exact, **tolerance)
+    for a, b in zip(torch.autograd.grad(y, (x, norm.weight, norm.bias), g), torch.autograd.grad(exact, (x64, norm.weight, norm.bias), g.double())):
+        assert_close(a.double(), b.double(), **tolerance)
 
 
 def test_alpha_bars_by_hand():

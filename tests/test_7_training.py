@@ -11,7 +11,7 @@ import tarfile
 
 import pytest
 import torch
-from conftest import ROOT, small_unet
+from conftest import DEVICES, ROOT, small_unet
 from torch.testing import assert_close
 
 import hqdm
@@ -185,16 +185,16 @@ def test_resume_is_exact(kind, finished, teacher_file, tmp_path, monkeypatch):
         whole = tmp_path / "whole"
     else:
         argv, whole = arguments(teacher_file, "")[:-1], finished
-    real, count = train.update, iter(range(100))
+    real, count = train.decay, iter(range(100))          # decay is asked once a step
     def killed(*args, **kwargs):
         if next(count) == 5:
             raise KeyboardInterrupt
         return real(*args, **kwargs)
     monkeypatch.setattr(train, "SAVE_SECONDS", 0)                # save after every step
-    monkeypatch.setattr(train, "update", killed)
+    monkeypatch.setattr(train, "decay", killed)
     with pytest.raises(KeyboardInterrupt):
         train.main(argv + [str(tmp_path / "cut")])
-    monkeypatch.setattr(train, "update", real)
+    monkeypatch.setattr(train, "decay", real)
     state = sample.read_checkpoint(tmp_path / "cut" / "last.pt")
     assert len(state["losses"]) == 5 and 0 < state["seconds"] < 100
     sample.save_checkpoint(tmp_path / "cut" / "last.pt", **{k: v for k, v in state.items() if k != "format"} | {"seconds": 1000.0})
@@ -212,11 +212,10 @@ def test_resume_is_exact(kind, finished, teacher_file, tmp_path, monkeypatch):
 
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(teacher_file, tmp_path, monkeypatch, capsys):
     """A loss that is not finite: exit code 2, the step named, last.pt from before it, no model.pt."""
-    real, count = train.update, iter(range(100))
-    def poisoned(optimizer, loss, params, factor):
-        return real(optimizer, loss * (math.nan if next(count) == 4 else 1), params, factor)
+    real, count = train.updater, iter(range(100))
     monkeypatch.setattr(train, "SAVE_SECONDS", 0)
-    monkeypatch.setattr(train, "update", poisoned)
+    monkeypatch.setattr(train, "updater", lambda optimizer, loss, device: real(
+        optimizer, lambda *batch: loss(*batch) * (math.nan if next(count) == 4 else 1), device))
     with pytest.raises(SystemExit) as stop:
         train.run_cli(lambda: train.main(arguments(teacher_file, tmp_path / "nan")))
     assert stop.value.code == 2 and "not finite at step 5" in capsys.readouterr().err
@@ -259,9 +258,29 @@ def test_update_clips_the_gradient_and_scales_the_rate():
     """A gradient of norm 5 is cut to 1; the step is base_lr times the factor."""
     p = torch.nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.SGD([{"params": [p], "base_lr": 0.5}], lr=1.0)
-    norm = train.update(optimizer, (p * torch.tensor([3.0, 4.0])).sum(), [p], factor=0.5)
+    update = train.updater(optimizer, lambda g: (p * g).sum(), p.device)
+    loss, norm = update(0.5, torch.tensor([3.0, 4.0]))
     assert_close(p.detach(), -0.25 * torch.tensor([0.6, 0.8]))
-    assert math.isclose(norm, 5, rel_tol=1e-6)
+    assert loss == 0 and math.isclose(norm, 5, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_recorded_steps_are_the_steps(device):
+    """Six updates by train.updater, recorded on a GPU, leave the parameters where plain PyTorch leaves them; rates change by step."""
+    torch.manual_seed(0)
+    a = torch.nn.Linear(6, 3).to(device)
+    b, batches = copy.deepcopy(a), torch.randn(6, 5, 6, device=device)
+    ours = train.updater(train.adamw([{"params": list(a.parameters()), "base_lr": 0.01}], torch.device(device)), lambda x: a(x).square().mean(), torch.device(device))
+    adam = torch.optim.AdamW(b.parameters(), weight_decay=0.0)
+    for i, x in enumerate(batches):
+        loss, norm = ours(1 - i / 6, x)
+        adam.param_groups[0]["lr"] = 0.01 * (1 - i / 6)
+        adam.zero_grad()
+        oracle = b(x).square().mean()
+        oracle.backward()
+        assert_close(norm, torch.nn.utils.clip_grad_norm_(b.parameters(), 1.0)), assert_close(loss, oracle.detach())
+        adam.step()
+        assert_close(a.weight, b.weight, rtol=1e-5, atol=1e-6)
 
 
 def test_distillation_loss_is_the_mean_squared_error():
@@ -393,12 +412,12 @@ def test_lack_of_memory_is_one_line(capsys):
 
 def test_a_polite_kill_saves_and_the_run_goes_on(finished, teacher_file, tmp_path, monkeypatch):
     """SIGTERM in the middle: exit code 130, the step done and saved; --resume then ends with the losses of the whole run."""
-    real, count = train.update, iter(range(100))
+    real, count = train.decay, iter(range(100))          # decay is asked once a step
     def kill(*args, **kwargs):
         if next(count) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args, **kwargs)
-    monkeypatch.setattr(train, "update", kill)
+    monkeypatch.setattr(train, "decay", kill)
     out = tmp_path / "killed"
     with pytest.raises(SystemExit) as stop:
         train.main(arguments(teacher_file, out))
