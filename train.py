@@ -39,7 +39,7 @@ import torch.nn.functional as F
 
 import hqdm
 from sample import (HERE, draw, load_model, natural, noise_and_labels, pick_device, positive, provenance, read_checkpoint,
-                    recorded, run_cli, save_checkpoint, save_grids)
+                    recorded, run_cli, save_checkpoint, save_grids, score)
 from unet import UNet, ddim, ddim_timesteps, ddpm_loss
 
 # ---------------------------------------------------------------- the data: CIFAR-10's own binary files, no pickle
@@ -312,17 +312,22 @@ def stop_politely():
 
 # ---------------------------------------------------------------- the float teacher
 
-def teacher_updates(model, ema, optimizer, images, labels, steps, batch, seed, first=0):
+def make_ema(model, steps):
+    """A moving average of the weights that looks back over an eighth of the run, whatever its length: 0.9999 at 80,000 steps."""
+    return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(max(0.5, 1 - 8 / steps)))
+
+
+def teacher_updates(model, ema, optimizer, images, labels, steps, batch, seed, first=0, shape="cosine", loss=ddpm_loss):
     """Train `model` in place: a generator that yields (loss, gradient norm) after each of the steps first .. steps-1.
 
-    images uint8 (N, 3, 32, 32), labels (N,), both on the model's device.
+    images uint8 (N, 3, 32, 32), labels (N,), both on the model's device. shape: of the decay. loss: as ddpm_loss.
     """
     device, net = images.device, compiled(spread(model), images.device, steps)
     model.train()
 
     def compute_loss(x_0, y):
         with autocast(device):
-            return ddpm_loss(net, x_0, y, model.classes, rows=my_rows())
+            return loss(net, x_0, y, model.classes, rows=my_rows())
 
     update = updater(optimizer, compute_loss, device)
     for step in range(first, steps):
@@ -330,9 +335,23 @@ def teacher_updates(model, ema, optimizer, images, labels, steps, batch, seed, f
         pick = torch.randint(len(images), (batch,), device=device)
         x_0 = images[pick].float() / 127.5 - 1
         x_0 = torch.where(torch.rand(batch, 1, 1, 1, device=device) < 0.5, x_0, x_0.flip(3))      # mirror half of them
-        result = update(decay(step, steps, warmup=min(500, steps // 10)), x_0.contiguous(memory_format=torch.channels_last), labels[pick])
+        result = update(decay(step, steps, min(500, steps // 10), shape), x_0.contiguous(memory_format=torch.channels_last), labels[pick])
         ema.update_parameters(model)
         yield result
+
+
+def scored(updates, model, first, args, out, n=5000):
+    """The same updates; every --score-every steps the model (the EMA) draws n pictures, and curve.json gets their scores."""
+    path = out / "curve.json"
+    rows = [r for r in json.loads(path.read_text()) if r["step"] <= first] if path.is_file() else []
+    for step, result in enumerate(updates, start=first + 1):
+        yield result
+        if step % args.score_every == 0 or step == args.steps:
+            model.eval()
+            rows.append({"step": step, "images": step * args.batch, "n": n, **score(*draw(model, n, args.ddim_steps, seed=args.seed))})
+            path.write_text(json.dumps(rows, indent=1) + "\n")
+            print(f"after {step * args.batch / 1e6:.1f} M images: C-FID {rows[-1]['c_fid']:.2f}, C-IS {rows[-1]['c_is']:.3f}, "
+                  f"class accuracy {rows[-1]['accuracy']:.3f}", flush=True)
 
 
 def train_teacher(args, device, out):
@@ -342,16 +361,15 @@ def train_teacher(args, device, out):
     state = read_state(args, out)
     torch.manual_seed(args.seed)
     model = UNet().to(device, memory_format=torch.channels_last)
-    # The average looks back over the last tenth of the run, whatever its length: 0.9999 at 100,000 steps.
-    ema = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(max(0.5, 1 - 10 / args.steps)))
+    ema = make_ema(model, args.steps)
     optimizer = adamw([{"params": list(model.parameters()), "base_lr": args.lr}], device)
-    print(f"float teacher: {sum(p.numel() for p in model.parameters()):,} parameters, {len(images):,} images, "
-          f"EMA {max(0.5, 1 - 10 / args.steps):.5f}", flush=True)
+    print(f"float teacher: {sum(p.numel() for p in model.parameters()):,} parameters, {len(images):,} images", flush=True)
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
     losses, spent = restore(state, out, parts)
     began = time.time() - spent
     updates = teacher_updates(model, ema, optimizer, images, labels, args.steps, args.batch, args.seed, len(losses))
+    if args.score_every and world()[0] == 0:
+        updates = scored(updates, ema.module, len(losses), args, out)
     run_updates(updates, losses, args.steps, args.batch, lambda: store(args, out, parts, losses, time.time() - began))
     seconds = time.time() - began
     if world()[0] > 0:
@@ -479,7 +497,7 @@ def train_quantized(args, device, out):
 
 def settings(args):
     """What must be equal for a run to be resumed."""
-    return {k: v for k, v in vars(args).items() if k not in ("resume", "out", "device", "data", "teacher")}
+    return {k: v for k, v in vars(args).items() if k not in ("resume", "out", "device", "data", "teacher", "score_every")}
 
 
 def store(args, out, parts, losses, seconds):
@@ -574,6 +592,7 @@ def main(argv=None):
     training.add_argument("--batch", type=positive, help="images an update, of all processes together")
     training.add_argument("--lr", type=float, help="teacher: the learning rate; HQ-DM: a factor of its four rates (1)")
     training.add_argument("--seed", type=natural, default=0)
+    training.add_argument("--score-every", type=positive, help="teacher: score 5,000 pictures every so many steps (never)")
     files = parser.add_argument_group("files and device")
     files.add_argument("--teacher", default=str(HERE / "checkpoints" / "teacher.pt"), help="float checkpoint to quantize")
     files.add_argument("--data", help="folder with CIFAR-10's .bin files, or the address of their archive (data)")

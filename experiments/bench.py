@@ -44,19 +44,33 @@ def synchronize(device):
         getattr(torch, device.type).synchronize()
 
 
-def compare(runs, device, seconds=2.0, warm=2):
-    """{name: function} -> {name: {"ms", "low", "high", "n"}}: the functions take turns; median and quartiles of each."""
+def compare(runs, device, seconds=2.0, warm=2, least=5):
+    """{name: function} -> {name: {"ms", "low", "high", "n"}}: the functions take turns; median and quartiles of each.
+
+    On CUDA its events measure; a gigabyte of zeros goes before each run, so that no cache helps and no launch is waited for.
+    """
     times = {name: [] for name in runs}
+    cuda = device.type == "cuda"
+    scratch = torch.empty(2**30, dtype=torch.uint8, device=device) if cuda else None
     for run in list(runs.values()) * warm:
         run()
     began = time.perf_counter()
-    while time.perf_counter() - began < seconds * len(runs) or len(next(iter(times.values()))) < 5:
+    while time.perf_counter() - began < seconds * len(runs) or len(next(iter(times.values()))) < least:
         for name, run in runs.items():
             synchronize(device)
-            start = time.perf_counter()
-            run()
-            synchronize(device)
-            times[name].append(1e3 * (time.perf_counter() - start))
+            if cuda:
+                events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+                scratch.zero_()
+                events[0].record()
+                run()
+                events[1].record()
+                synchronize(device)
+                times[name].append(events[0].elapsed_time(events[1]))
+            else:
+                start = time.perf_counter()
+                run()
+                synchronize(device)
+                times[name].append(1e3 * (time.perf_counter() - start))
     return {name: dict(zip(("low", "ms", "high"), np.percentile(t, (25, 50, 75)).round(4).tolist()), n=len(t)) for name, t in times.items()}
 
 
@@ -78,10 +92,12 @@ def hadamard(device, quick):
                 x = torch.randn(shape, device=device).to(dtype)
                 x = x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
                 out, matrix = torch.empty_like(x), dense.to(dtype)
-                s, z = torch.full((shape[0], 1, 1, 1), 0.5, device=device, dtype=dtype), 0
+                s, z = torch.full((shape[0],), 0.5, device=device), torch.zeros(shape[0], device=device)
 
-                def there_and_back():
-                    return hqdm.hadamard(s * hqdm.quantize(hqdm.hadamard(x), s, z, 3, symmetric=True))
+                def there_and_back():                                    # as the layer does it: the scale waits for the accumulator
+                    if hqdm.fast_gpu(x):
+                        return hqdm.hadamard(hqdm._QuantizeGPU.apply(x, s, z, *hqdm.grid(3, True), 32, dtype))
+                    return hqdm.hadamard(hqdm.quantize(hqdm.hadamard(x), s.to(dtype).view(-1, 1, 1, 1), 0, 3, symmetric=True))
 
                 runs = {"copy": lambda: out.copy_(x), "ours": lambda: hqdm.hadamard(x), "recursion": lambda: recursion(x),
                         "dense C x C": lambda: torch.einsum("oc,bchw->bohw", matrix, x), "ours, quantize, ours": there_and_back}
@@ -93,7 +109,7 @@ def hadamard(device, quick):
                 except ImportError:
                     missing = ["fast-hadamard-transform"]
                 with torch.no_grad(), hqdm.full_float32(device):         # no TF32 for any of them: see the error column
-                    times = compare(runs, device, seconds=0.3)
+                    times = compare(runs, device, seconds=0.3 if quick else 0.1)
                     exact = recursion(x.double().cpu())
                     for name, t in times.items():
                         error = None
@@ -115,7 +131,7 @@ def growth(device, quick):
         fast = (lambda: hqdm.hadamard(x, 1, n)) if n <= 64 else (lambda: hqdm.hadamard(hqdm.fwht(x.unflatten(1, (-1, 64)).mT).mT.flatten(1), 1, 64))
         with torch.no_grad(), hqdm.full_float32(device):
             torch.testing.assert_close(fast(), hqdm.fwht(x), rtol=1e-4, atol=1e-4)
-            times = compare({"naive, n^2": lambda: x @ matrix / n**0.5, "recursive, n log n": lambda: hqdm.fwht(x), "matrix blocks up to 64": fast}, device, 0.1)
+            times = compare({"naive, n^2": lambda: x @ matrix / n**0.5, "recursive, n log n": lambda: hqdm.fwht(x), "matrix blocks up to 64": fast}, device, 0.1 if quick else 0.03)
         rows += [{"what": name, "n": n, **t} for name, t in times.items()]
     return rows, {}
 
@@ -175,26 +191,28 @@ def update(device, quick):
     teacher = load_model(ROOT / "checkpoints" / "teacher.pt", device).requires_grad_(False)
     pool = train.make_pool(teacher, 8 if quick else 64, 10, seed=1)
     rows, figures = [], {}
+
+    def inside(context, run):
+        def wrapped():
+            with context():
+                run()
+        return wrapped
+
     for batch in ((4, 16) if quick else (128, 512)):
-        runs = {"float": updater(teacher, pool, batch)}
+        plain = updater(teacher, pool, batch)
+        made = {rotation: lambda rotation=rotation: updater(teacher, pool, batch, rotation) for rotation in hqdm.ROTATIONS}
+        made["single, the authors' way"] = lambda: inside(authors_way, updater(teacher, pool, batch, "single"))
         if device.type == "cuda":
-            bf16 = updater(teacher, pool, batch)
-
-            def autocast_update():
-                with train.autocast(device):
-                    bf16()
-            runs["float, bf16"] = autocast_update
-        runs.update({rotation: updater(teacher, pool, batch, rotation) for rotation in hqdm.ROTATIONS})
-        dense = updater(teacher, pool, batch, "single")
-
-        def authors():
-            with authors_way():
-                dense()
-        runs["single, the authors' way"] = authors
-        times = compare(runs, device, seconds=2 if quick else 4)
-        for name, t in times.items():
-            rows.append({"what": name, "batch": batch, **t, "of_float": round(t["ms"] / times["float"]["ms"], 3), "peak_gib": peak(runs[name], device)})
+            made["float, bf16"] = lambda: inside(lambda: train.autocast(device), updater(teacher, pool, batch))
+        for name, make in made.items():              # float against one other at a time: memory for two
+            run = make()
+            times = compare({"float": plain, name: run}, device, seconds=2 if quick else 1.5, warm=5)
+            for what in ("float", name)[name != "none":]:
+                memory = peak({"float": plain, name: run}[what], device)
+                rows.append({"what": what, "batch": batch, **times[what], "of_float": round(times[what]["ms"] / times["float"]["ms"], 3), "peak_gib": memory})
+            del run
         figures[f"qat_update_ratio_b{batch}"] = max(r["of_float"] for r in rows if r["batch"] == batch and r["what"] in hqdm.ROTATIONS)
+        del plain
     return rows, figures
 
 
@@ -246,7 +264,7 @@ def training(device, quick):
             missing.append({"what": name, "batch": batch, "images_per_s": None, "note": "not installed"})
         else:
             runs[name], parameters[name] = other(*entry), sum(p.numel() for p in entry[0].parameters())
-    times = compare(runs, device, seconds=3 if quick else 8, warm=3)
+    times = compare(runs, device, seconds=3, warm=5)
     rows = [{"what": name, "batch": batch, "parameters": parameters[name], **t, "images_per_s": round(1e3 * batch / t["ms"], 1)} for name, t in times.items()]
     rate = {r["what"]: r["images_per_s"] for r in rows}
     figures = {"float_images_per_s": rate["ours"]}
@@ -259,7 +277,7 @@ def training(device, quick):
 
 def sampling(device, quick):
     """Rows of part `sampling`: pictures a second at 50 DDIM steps, of the bundled float and W4A3 single models."""
-    n, steps = (4, 5) if quick else (500, 5)             # a step costs the same at each t: 5 of them are timed, 50 reported
+    n, steps = (4, 5) if quick else (500, 50)            # a step costs the same at each t: on a CPU 5 are timed, 50 reported
     runs = {}
     for name in ("teacher", "w4a3-none", "w4a3-single"):
         for view in (None,) if name == "teacher" else (None, "A", "B"):
@@ -268,7 +286,7 @@ def sampling(device, quick):
                 hqdm.set_integer(model, True, view)
             kind = "float" if name == "teacher" else f"{name}, {'integer ' + view if view else 'fake'}"
             runs[kind] = lambda model=model: draw(model, n, steps)
-    times = compare(runs, device, seconds=3)
+    times = compare(runs, device, seconds=3 if quick else 1, warm=1, least=3)
     rate = {name: 1e3 * n / t["ms"] * steps / 50 for name, t in times.items()}
     rows = [{"what": name, "batch": n, **t, "images_per_s_50": round(rate[name], 3)} for name, t in times.items()]
     best = max(rate["w4a3-single, integer A"], rate["w4a3-single, integer B"])

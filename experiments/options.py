@@ -1,0 +1,78 @@
+"""Which settings the teacher likes: short trainings that differ in one thing each, scored alike -> options.json.
+
+    python experiments/options.py --data data                       # all rows, 2,000 updates of 512 images each: a GPU
+    python experiments/options.py --data data --rows plain linear   # some; the others keep what the file has
+
+Short runs answer short questions: they favour small dropout, for one, because a million images is too few to overfit.
+"""
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train  # noqa: E402
+from sample import draw, pick_device, positive, provenance, run_cli, score  # noqa: E402
+from unet import T, UNet, add_noise, alpha_bars  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+
+
+def min_snr_loss(model, x_0, y, classes, drop=0.1, rows=slice(None), gamma=5.0):
+    """ddpm_loss with each t weighted by min(snr, gamma) / snr (Hang et al. 2023, arXiv 2303.09556, for noise prediction)."""
+    t, eps = torch.randint(T, (len(x_0),), device=x_0.device), torch.randn_like(x_0)
+    y = torch.where(torch.rand(len(x_0), device=x_0.device) < drop, classes, y)
+    x_0, t, eps, y = (v[rows] for v in (x_0, t, eps, y))
+    abar = alpha_bars(x_0.device)[t]
+    error = (model(add_noise(x_0, t, eps), t, y).float() - eps).square().mean(dim=(1, 2, 3))
+    return (error * (gamma * (1 - abar) / abar).clamp(max=1)).mean()
+
+
+PLAIN = dict(batch=512, lr=8e-4, shape="cosine", dropout=0.1, loss="ddpm")
+ROWS = {"plain": {}, "lr / 2": {"lr": 4e-4}, "lr * 2": {"lr": 1.6e-3}, "linear": {"shape": "linear"}, "dropout 0": {"dropout": 0.0},
+        "batch 256": {"batch": 256, "lr": 5.6e-4}, "min-SNR": {"loss": "min-SNR"}}
+
+
+def train_and_score(images, labels, steps, n, batch, lr, shape, dropout, loss):
+    """One teacher from scratch on steps * 512 images -> its scores and seconds."""
+    torch.compiler.reset()                           # or the second batch size would be compiled for any size
+    torch.manual_seed(0)
+    device, steps = images.device, steps * PLAIN["batch"] // batch
+    model = UNet(dropout=dropout).to(device, memory_format=torch.channels_last)
+    ema = train.make_ema(model, steps)
+    optimizer = train.adamw([{"params": list(model.parameters()), "base_lr": lr}], device)
+    start = time.time()
+    updates = train.teacher_updates(model, ema, optimizer, images, labels, steps, batch, seed=0, shape=shape,
+                                    loss={"ddpm": train.ddpm_loss, "min-SNR": min_snr_loss}[loss])
+    losses = [pair[0] for pair in updates]
+    seconds = time.time() - start
+    return {**score(*draw(ema.module.eval(), n)), "loss": float(torch.stack(losses[-len(losses) // 10:]).mean()),
+            "images": steps * batch, "seconds": round(seconds, 1)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data")
+    parser.add_argument("--steps", type=positive, default=2000, help="updates of 512 images (2000)")
+    parser.add_argument("-n", type=positive, default=2000, help="pictures to score (2000)")
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--out", default=str(HERE / "options.json"))
+    parser.add_argument("--device")
+    args = parser.parse_args()
+    device, start = pick_device(args.device), time.time()
+    images, labels = (v.to(device) for v in train.find_data(args.data))
+    for name in args.rows:
+        settings = {**PLAIN, **ROWS[name]}
+        row = {"settings": settings, "n": args.n, **train_and_score(images, labels, args.steps, args.n, **settings)}
+        print(f"{name}: {row}", flush=True)
+        report = json.loads(Path(args.out).read_text()) if Path(args.out).is_file() else {"rows": {}}
+        report["rows"][name] = row
+        report.update(provenance(args, device, time.time() - start))
+        Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_cli(main)
