@@ -180,7 +180,7 @@ def hadamard(x, dim=1, block=32):
     """H x: orthonormal and block-diagonal along `dim`; its own inverse and its own gradient. Same shape as x.
 
     A (block x block) matrix product: at k = 32 faster than the recursion, which passes over memory log2 k times; on a GPU
-    one kernel at nearly the speed of a copy (section 4). Equals fwht on each block. Raises ValueError where the block does
+    one kernel at nearly the speed of a copy (section 6). Equals fwht on each block. Raises ValueError where the block does
     not divide the width.
     """
     return _Transform.apply(x, dim, block, block**-0.5)
@@ -268,7 +268,7 @@ def _digits(x, x_max, limit, bits):
 class IntOperand(NamedTuple):
     """Weights ready for integer products, made once by int_operand: `rows` int8 (digits * o, n), zeros up to multiples of 8."""
     rows: torch.Tensor
-    shifts: tuple                                    # of each digit; None: rows are whole, for the kernel of section 4
+    shifts: tuple                                    # of each digit; None: rows are whole, for the kernel of section 6
     shape: torch.Size                                # of the weights: (C_out, C_in, kh, kw) or (C_out, C_in)
 
 
@@ -372,9 +372,456 @@ def unpack_weights(packed, bits, shape):
     return packed[:math.prod(shape)].view(shape)
 
 
-# ---------------------------------------------------------------- 4. the same in one pass over a GPU's memory
+# ---------------------------------------------------------------- 4. the quantized layers
 
-# Optional: everything here has its definition elsewhere in this file, and the tests compare the two. Triton comes with
+class Clock:
+    """Which DDIM step each sample is at. One for all layers of a network, set from t before every forward.
+
+    Nothing counts calls: a batch may mix steps, and a stray call shifts nothing.
+    """
+
+    def __init__(self, timesteps):
+        self.timesteps, self.step, self.one_hot = torch.tensor(list(timesteps)), None, None
+
+    def set(self, t):
+        """t (B,) -> step (B,): the nearest of the timesteps that the scales were trained for."""
+        self.timesteps = self.timesteps.to(t.device)
+        self.step = (t[:, None] - self.timesteps).abs().argmin(dim=1)
+        self.one_hot = F.one_hot(self.step, len(self.timesteps)).float()         # (B, S)
+
+
+class HQLayer(nn.Module):
+    """What HQConv2d and HQLinear share: a float layer made over, with its input and its weight on integer grids.
+
+    rotation "single": only the activations are rotated (HQ-DM). "double": activations and weights, no way back needed
+    (QuaRot, Ashkboos et al. 2024, arXiv 2404.00456). "none": no transform, asymmetric activations (EfficientDM, He et
+    al. 2024, arXiv 2310.03270). Bits of 32 leave that side in float.
+
+    Two lives: in training it holds the float weight, LoRA and log-scales; freeze() turns those into packed integers.
+    packed=True builds it in its second life, to be filled by load_state_dict.
+    Raises ValueError for bits outside 2 .. 16 (or 32), an unknown rotation, a block that does not divide the width, and
+    where a sum could pass 2^31.
+    """
+    dim = 1                                          # where the channels of the input are
+
+    def __init__(self, layer, wbits=4, abits=4, rotation="single", block=32, rank=32, clock=None, packed=False):
+        super().__init__()
+        for bits in (wbits, abits):
+            if not (2 <= bits <= 16 or bits == 32):
+                raise ValueError(f"{bits} bits are not possible; choose 2 to 16, or 32 for float")
+        if rotation not in ROTATIONS:
+            raise ValueError(f"rotation {rotation!r} does not exist; choose from {', '.join(ROTATIONS)}")
+        self.shape = layer.weight.shape              # (C_out, C_in, kh, kw) or (C_out, C_in)
+        if rotation != "none":
+            check_block(self.shape[1], block)
+        self.wbits, self.abits, self.rotation = wbits, abits, rotation
+        self.block = block if rotation != "none" else 1
+        self.clock = clock or Clock([0])
+        self.symmetric = rotation != "none"          # rotated values spread around 0; what SiLU puts out does not
+        self.integer, self.view = False, "B"         # see set_integer
+        self._cache = {}
+
+        # The largest operands and sums that the formats allow: they decide how a sum is computed (see accumulator).
+        mixed = block if rotation == "single" else 1             # how many weights one operand of view B adds up
+        self.taps = math.prod(self.shape[1:])                    # products in one output value
+        self.q_x_max = max(map(abs, grid(abits, self.symmetric)))
+        self.q_w_max = 2**wbits - 1                              # of q_w - z, for any zero point
+        self.operand_max = mixed * self.q_w_max                  # of (q_w - z) R
+        self.on_grid = max(wbits, abits) <= 8                    # has an integer form
+        self.bound = accumulator_bound(self.taps, self.q_x_max, self.q_w_max, mixed) if self.on_grid else 0
+        if self.on_grid and self.taps * self.q_x_max >= 2**23:   # accumulator could not even sum digits of one bit
+            raise ValueError(f"sums of {self.taps} products with {abits}-bit activations leave a float32 no bit for the weights")
+        if self.on_grid and self.bound >= 2**31:
+            raise ValueError(f"sums of {self.taps} products at W{wbits}A{abits} could reach {self.bound:,}, past int32")
+
+        w, steps = layer.weight.detach().float(), len(self.clock.timesteps)
+        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().float(), requires_grad=False)
+        if abits != 32:
+            self.log_s_x = nn.Parameter(w.new_zeros(steps))
+            if not self.symmetric:
+                self.z_x = nn.Parameter(w.new_zeros(steps))
+        self.frozen = packed
+        if packed:
+            self._hold_integers(w.new_zeros(self.shape), w.new_ones(self.shape[0], 1), w.new_zeros(self.shape[0], 1))
+            return
+        # Double: the weight lives in the rotated basis from here on, and so do its LoRA factors.
+        self.register_buffer("weight", hadamard(w, 1, block) if rotation == "double" else w)
+        self.lora_A = nn.Parameter(w.new_empty(rank, *self.shape[1:]))           # for a convolution: rank filters k x k
+        self.lora_B = nn.Parameter(w.new_zeros(self.shape[0], rank))             # and a 1x1; B A = 0: no change yet
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))                    # as in LoRA, arXiv 2106.09685
+        if wbits != 32:
+            s, z = search_scale(self.weight.flatten(1), wbits, symmetric=False, p=2.4)
+            self.log_s_w = nn.Parameter(s.log())
+            self.register_buffer("z_w", z)
+
+    def at_step(self, values, x):
+        """values (S,) -> (B,): the one of each sample's step. RuntimeError where there are many and the clock is not set."""
+        if self.clock.step is not None:
+            return self.clock.one_hot @ values       # values[step], exactly; its gradient is a product too, not a sort
+        if len(values) > 1:
+            raise RuntimeError("which DDIM step is this? call the layer through its UNet, or clock.set(t) first")
+        return values.expand(len(x))
+
+    # -- the two operands of the product
+
+    def quantize_input(self, x, dtype=torch.float32):
+        """x -> (H x on its grid, integers stored as dtype; s_x (B, 1, ..)). H x and 1 at 32 bits. Differentiable."""
+        if self.abits == 32:
+            return hadamard(x, self.dim, self.block) if self.rotation != "none" else x, x.new_ones(())
+        shape = (-1,) + (1,) * (x.ndim - 1)
+        s = self.at_step(self.log_s_x.exp(), x)                  # each sample has the scale of its own step
+        # A zero point off the grid would take 0.0 off it too, and zero padding would no longer be exact.
+        z = torch.zeros_like(s) if self.symmetric else self.at_step(round_ste(self.z_x).clamp(*grid(self.abits, False)), x)
+        if fast_gpu(x, max(self.block, 16)):
+            return _QuantizeGPU.apply(x, s, z, *grid(self.abits, self.symmetric), self.block, dtype), s.view(shape)
+        v = hadamard(x, self.dim, self.block) if self.rotation != "none" else x
+        return quantize(v, s.view(shape), z.view(shape), self.abits, self.symmetric).to(dtype), s.view(shape)
+
+    def quantize_weight(self):
+        """(q_w - z, integers in a float tensor; s_w (C_out, 1)). The float weight and 1 at 32 bits. Differentiable."""
+        if self.frozen and self.wbits != 32:
+            q = unpack_weights(self.q_w, self.wbits, self.shape) if self.wbits <= 8 else self.q_w
+            return (q.flatten(1).float() - self.z_w.float()).view(self.shape), self.s_w
+        w = self.weight
+        if not self.frozen:
+            w = w + (self.lora_B @ self.lora_A.flatten(1)).view(self.shape)      # (C_out, r) x (r, C_in kh kw)
+        if self.wbits == 32:
+            return w, 1.0
+        s, w = self.log_s_w.exp(), w.flatten(1)
+        if fast_gpu(w):                                          # the same kernel: rows are its samples, and nothing is rotated
+            q = _QuantizeGPU.apply(w, s.flatten(), self.z_w.flatten(), *grid(self.wbits, False), 1, torch.float32)
+        else:
+            q = quantize(w, s, self.z_w, self.wbits, symmetric=False)
+        return q.view(self.shape), s
+
+    def operand(self):
+        """What q_x is multiplied with, and its scale: (q_w - z) R and s_w / sqrt(k) for single, else q_w - z and s_w.
+
+        This is view B. Rotating the weight is cheaper than rotating q_x back: it is smaller, and frozen it is done once.
+        """
+        return self._once("float", self._operand)
+
+    def _operand(self):
+        q, s = self.quantize_weight()
+        if q.ndim == 4:                                          # as the images: walsh becomes one tall product, and
+            q = q.contiguous(memory_format=torch.channels_last)  # the convolution need not reorder it
+        if self.rotation == "single":
+            q, s = walsh(q, 1, self.block), s / math.sqrt(self.block)
+        return q, s
+
+    def _once(self, key, make):
+        """make(), and for frozen weights only the first time."""
+        if not self.frozen or self.wbits == 32:
+            return make()
+        if self._cache.get("of") is not self.q_w:                # another tensor after .to(device)
+            self._cache = {"of": self.q_w}
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
+
+    def _load_from_state_dict(self, *args):
+        """Called by load_state_dict: other integers are coming, so what was computed from the old ones goes."""
+        self._cache = {}
+        super()._load_from_state_dict(*args)
+
+    # -- the product
+
+    def forward(self, x):
+        with full_float32(x.device):                             # integers do not survive bf16 sums
+            return self._forward(x.float())
+
+    def _forward(self, x):
+        """bias + acc * s: the one place where scales meet integers, read and written once."""
+        q_x, s_x = self.quantize_input(x, self._narrow(self.q_x_max) if self.integer else torch.float32)
+        q_w, s_w = self.operand()
+        if fast_gpu(x) and self.wbits != 32 and self.abits != 32:
+            scales = s_x.flatten(), s_w.flatten(), torch.zeros_like(s_w.flatten()) if self.bias is None else self.bias
+            return self.integer_accumulator(q_x, scales=scales) if self.integer else _ScaleGPU.apply(self.accumulator(q_x, q_w), *scales)
+        acc = self.integer_accumulator(q_x).float() if self.integer else self.accumulator(q_x, q_w)
+        s = s_x * (s_w if isinstance(s_w, float) else s_w.view(self.per_channel))
+        return acc * s if self.bias is None else torch.addcmul(self.bias.view(self.per_channel), acc, s)
+
+    @staticmethod
+    def _narrow(largest):
+        """The smallest integer type that holds -largest .. largest."""
+        return torch.int8 if largest <= 127 else torch.int16
+
+    def accumulator(self, q_x, q_w):
+        """The sums of the fake-quantized layer, in float32 and still exact integers. Differentiable.
+
+        A float32 sum is exact while every partial sum is below 2^24 and every operand below 2^11 (so that TF32 units
+        may multiply). Else the weights are cut into digits of m bits; each digit's sum is exact, and int32 adds them.
+        A doubt: on a GPU without TF32, cuDNN may take a Winograd kernel, which multiplies by fractions and is not exact.
+        experiments/exact.py counts what differs.
+        """
+        y = self.multiply(q_x, q_w)
+        if not self.on_grid or (self.bound < 2**24 and self.operand_max <= 2**11):
+            return y
+        with torch.no_grad():
+            m = min(11, int(math.log2(2**24 / (self.taps * self.q_x_max))))
+            digits = math.ceil(self.operand_max.bit_length() / m)
+            rest, acc = q_w.to(torch.int32), 0
+            for i in range(digits):
+                digit = rest & (2**m - 1) if i + 1 < digits else rest            # low digits 0 .. 2^m - 1, last one signed
+                acc = acc + (self.multiply(q_x, digit.float()).round().to(torch.int32) << (m * i))
+                rest = rest >> m
+        return y + (acc.float() - y).detach()                    # the value of acc, rounded once; the gradient of y
+
+    def integer_accumulator(self, q_x, view=None, route="int8", scales=None):
+        """The same sums by integer arithmetic alone, int32. q_x: as quantize_input gives it. view: "A" or "B".
+
+        scales (s_x, s_w, bias), on a fast_gpu: not the sums but the layer's output.
+        """
+        if not self.on_grid:
+            raise ValueError(f"a W{self.wbits}A{self.abits} layer has no integer form; use 2 to 8 bits for both")
+        view, x_max = view or self.view, self.q_x_max
+        q_x = q_x.detach().to(self._narrow(x_max))
+        if self.rotation == "single" and view == "A":
+            x_max = x_max * self.block
+            q_x = _walsh_gpu(q_x, self.dim, self.block, 1.0, self._narrow(x_max)) if fast_gpu(q_x, self.block) else walsh(q_x, self.dim, self.block)
+        if route == "int64":
+            q_w = self._integer_weight(view)
+        else:
+            q_w = self._once(view, lambda: int_operand(self._integer_weight(view), x_max))
+        return self.multiply_int(q_x, q_w, route, x_max, scales)
+
+    def _integer_weight(self, view):
+        q_w = self.quantize_weight()[0].detach().to(torch.int16)
+        return walsh(q_w, 1, self.block) if self.rotation == "single" and view == "B" else q_w
+
+    # -- scales of the activations, and the second life
+
+    @torch.no_grad()
+    def fit_input(self, x, samples=8192):
+        """Set the activation scale of the clock's step by least squared error on x, a float input of this layer."""
+        v = (hadamard(x, self.dim, self.block) if self.rotation != "none" else x).flatten()
+        pick = torch.randint(len(v), (samples,), generator=torch.Generator().manual_seed(0)).to(v.device)
+        lo, hi = v.amin().view(1, 1), v.amax().view(1, 1)        # the range of all values; the error of a sample
+        s, z = search_scale(v[pick][None], self.abits, self.symmetric, p=2, lo=lo, hi=hi)
+        step = 0 if self.clock.step is None else self.clock.step[0]
+        self.log_s_x[step] = s[0, 0].log()
+        if not self.symmetric:
+            self.z_x[step] = z[0, 0]
+
+    @torch.no_grad()
+    def freeze(self):
+        """Fold LoRA into the weight, round it for good, and keep only packed integers, scales and zero points."""
+        if self.frozen:
+            return
+        w, s = self.quantize_weight()
+        z = getattr(self, "z_w", None)
+        for name in ("weight", "lora_A", "lora_B", "log_s_w", "z_w"):
+            if hasattr(self, name):
+                delattr(self, name)
+        self.frozen = True
+        self._hold_integers(w if z is None else (w.flatten(1) + z).view(self.shape), s, z)   # q_w, 0 .. 2^b - 1
+        self.requires_grad_(False)
+
+    def _hold_integers(self, q, s, z):
+        if self.wbits == 32:
+            self.register_buffer("weight", q)
+            return
+        self.register_buffer("q_w", pack_weights(q, self.wbits) if self.wbits <= 8 else q)
+        self.register_buffer("s_w", s)
+        self.register_buffer("z_w", z.to(torch.uint8) if self.wbits <= 8 else z)
+
+    @property
+    def bytes(self):
+        """(float32 bytes, packed bytes) of weight, bias and scales; the float layer has no scales."""
+        C_out, bias = self.shape[0], 4 * (self.shape[0] if self.bias is not None else 0)
+        n, steps = math.prod(self.shape), len(self.clock.timesteps)
+        scales_x = 0 if self.abits == 32 else 4 * steps * (1 if self.symmetric else 2)
+        weight = 4 * n if self.wbits == 32 else (math.ceil(n / 2) if self.wbits <= 4 else n) + 5 * C_out
+        return 4 * n + bias, weight + bias + scales_x
+
+
+class HQConv2d(HQLayer):
+    """A quantized nn.Conv2d: (B, C_in, h, w) -> (B, C_out, h', w'). Arguments and errors: HQLayer."""
+
+    per_channel = (1, -1, 1, 1)
+
+    def __init__(self, layer, *args, **kwargs):
+        if (layer.groups != 1 or layer.dilation != (1, 1) or layer.padding_mode != "zeros"
+                or len(set(layer.stride)) > 1 or len(set(layer.padding)) > 1):          # a word such as "same" has letters
+            raise ValueError("HQConv2d needs groups 1, dilation 1, and one number each for stride and zero padding")
+        self.stride, self.padding = layer.stride[0], layer.padding[0]
+        super().__init__(layer, *args, **kwargs)
+
+    def forward(self, x):
+        return super().forward(x.contiguous(memory_format=torch.channels_last))      # a pixel's channels side by side, for H
+
+    def multiply(self, q_x, q_w):
+        return F.conv2d(q_x, q_w, stride=self.stride, padding=self.padding)
+
+    def multiply_int(self, q_x, q_w, route, x_max, scales=None):
+        return int_conv2d(q_x, q_w, self.stride, self.padding, route, x_max, scales)
+
+
+class HQLinear(HQLayer):
+    """A quantized nn.Linear: (B, .., C_in) -> (B, .., C_out). Arguments and errors: HQLayer."""
+
+    dim, per_channel = -1, (-1,)
+
+    def multiply(self, q_x, q_w):
+        return F.linear(q_x, q_w)
+
+    def multiply_int(self, q_x, q_w, route, x_max, scales=None):
+        return int_linear(q_x, q_w, route, x_max, scales)
+
+
+# ---------------------------------------------------------------- 5. a whole UNet
+
+# First and last layers and the resampling and skip convolutions stay at 8 bits: few bytes, and all later layers see
+# their error. On an 8-bit grid outliers do no harm, so none of them is rotated.
+EIGHT_BITS = {
+    "time_mlp": "first layer (time)", "conv_in": "first layer (image)", "conv_out": "last layer",
+    "skip": "skip convolution", "resample": "resampling convolution"}
+
+
+def quantize_unet(unet, wbits, abits, rotation="single", block=32, timesteps=(0,), rank=32, packed=False):
+    """Replace every nn.Conv2d and nn.Linear of a UNet, in place; return the report, one dict a layer.
+
+    timesteps: the DDIM times that get an activation scale each; forward(x, t, ..) picks by t, the nearest.
+    packed=True: ready for load_state_dict of frozen integers. Raises ValueError as HQLayer does, naming the layer.
+    """
+    if layers(unet):
+        raise ValueError("this network is quantized already; start from the float one")
+    clock, rows, swaps = Clock(timesteps), [], []
+    for name, layer in list(unet.named_modules()):
+        if not isinstance(layer, (nn.Conv2d, nn.Linear)):
+            if isinstance(layer, (nn.Embedding, nn.GroupNorm)) or hasattr(layer, "heads"):
+                rows.append(_float_row(name, layer))
+            continue
+        why = next((text for part, text in EIGHT_BITS.items() if part in name.split(".")), None)
+        bits = [b if b == 32 or not why else 8 for b in (wbits, abits)]
+        rotate = "none" if why else rotation
+        kind = HQConv2d if isinstance(layer, nn.Conv2d) else HQLinear
+        try:
+            new = kind(layer, *bits, rotate, block, rank, clock, packed).to(layer.weight.device)
+        except ValueError as e:
+            raise ValueError(f"{name}: {e}") from None
+        swaps.append((*name.rpartition(".")[::2], new))
+        shape = "x".join(map(str, new.shape[2:]))
+        rows.append({"layer": name, "kind": f"conv {shape}" if shape else "linear", "wbits": bits[0], "abits": bits[1],
+                     "rotation": rotate, "block": new.block, "note": f"{why}: not rotated" if why else
+                     "" if rotate != "none" else "rotation none was asked for", "accumulator_bound": new.bound,
+                     "float_bytes": new.bytes[0], "bytes": new.bytes[1]})
+    for parent, name, new in swaps:                  # only now: a refusal above leaves the network as it was
+        setattr(unet.get_submodule(parent), name, new)
+    unet.clock = clock
+    unet.register_forward_pre_hook(_set_clock, with_kwargs=True)
+    unet.requires_grad_(False)
+    for layer in layers(unet):
+        for name, p in layer.named_parameters():
+            p.requires_grad_(name != "bias" and not packed)
+    return rows
+
+
+def _set_clock(unet, args, kwargs):
+    unet.clock.set(kwargs["t"] if "t" in kwargs else args[1])
+
+
+def _float_row(name, layer):
+    why = ("a table look-up: nothing is multiplied" if isinstance(layer, nn.Embedding) else "a normalisation, no matrix"
+           if isinstance(layer, nn.GroupNorm) else "q k^T and its softmax; its qkv and proj are rows of their own")
+    size = 4 * sum(p.numel() for p in layer.parameters(recurse=False))
+    return {"layer": name, "kind": type(layer).__name__, "wbits": 32, "abits": 32, "rotation": "none", "block": 1,
+            "note": "float: " + why,
+            "accumulator_bound": 0, "float_bytes": size, "bytes": size}
+
+
+def layers(model):
+    """The quantized layers of a model, in order."""
+    return [m for m in model.modules() if isinstance(m, HQLayer)]
+
+
+def format_report(rows):
+    """The rows of quantize_unet as a table with totals; norms, which are many and all alike, as one line."""
+    lines = [f"{'layer':26s} {'kind':10s} {'W':>2s} {'A':>2s} {'rotation':8s} {'block':>5s} {'|sum| <':>11s} {'bytes':>9s}  note"]
+    norms = [r for r in rows if r["kind"] == "GroupNorm"]
+    for r in (r for r in rows if r["kind"] != "GroupNorm"):
+        lines.append(f"{r['layer']:26s} {r['kind']:10s} {r['wbits']:2d} {r['abits']:2d} {r['rotation']:8s} {r['block']:5d} "
+                     f"{r['accumulator_bound']:11,d} {r['bytes']:9,d}  {r['note']}")
+    if norms:
+        lines.append(f"{len(norms)} x GroupNorm: {sum(r['bytes'] for r in norms):,d} bytes, {norms[0]['note']}")
+    old, new = sum(r["float_bytes"] for r in rows), sum(r["bytes"] for r in rows)
+    lines.append(f"total {old:,d} bytes in float32, {new:,d} packed: {old / new:.1f} times smaller")
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def calibrate(student, teacher, batches):
+    """Set all activation scales from the float model's own activations, step by step, by least squared error.
+
+    student: quantize_unet of a copy of teacher. batches: (x_t, t, y) of a few teacher trajectories, one t a batch.
+    """
+    twins = dict(teacher.named_modules())
+    hooks = [twins[name].register_forward_pre_hook(lambda _, args, layer=layer: layer.fit_input(args[0]))
+             for name, layer in student.named_modules() if isinstance(layer, HQLayer) and layer.abits != 32]
+    try:
+        for x, t, y in batches:
+            student.clock.set(t)
+            teacher(x, t, y)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# Learning rates: of LoRA in units of the layer's mean s_w, of s_w, of s_x, of z_x (in levels of the grid). The paper
+# trains 160 walks of 100 updates at batch 2 with 1/2500, 1e-6 and 5e-4; EfficientDM has 5e-4 for z_x too. Our runs have
+# a sixteenth of the updates and larger batches, and want larger steps: experiments/rates.py compares.
+RATES = {"lora": 1 / 25, "s_w": 1e-4, "s_x": 8e-3, "z_x": 8e-3}
+
+
+def parameter_groups(model, lr=1.0):
+    """What is trained, as optimiser groups that each carry a base_lr: `lr` times RATES.
+
+    The scales are trained as logarithms, and d log s = ds / s: their rates are divided by the network's mean scale.
+    """
+    found = layers(model)
+    s_w, s_x, z_x = ([getattr(layer, name) for layer in found if hasattr(layer, name)] for name in ("log_s_w", "log_s_x", "z_x"))
+
+    def mean_scale(logs):
+        return torch.cat([p.detach().exp().flatten() for p in logs]).mean().item()
+
+    groups = []
+    for layer in found:                              # a float weight (W32) has no scale: its mean size stands in
+        unit = mean_scale([layer.log_s_w]) if hasattr(layer, "log_s_w") else layer.weight.abs().mean().item()
+        groups.append({"params": [layer.lora_A, layer.lora_B], "base_lr": lr * RATES["lora"] * unit})
+    if s_w:
+        groups.append({"params": s_w, "base_lr": lr * RATES["s_w"] / mean_scale(s_w)})
+    if s_x:
+        groups.append({"params": s_x, "base_lr": lr * RATES["s_x"] / mean_scale(s_x)})
+    if z_x:                                          # no logarithm
+        groups.append({"params": z_x, "base_lr": lr * RATES["z_x"]})
+    return groups
+
+
+def freeze(model):
+    """End of training: fold LoRA in, round the weights for good and pack them, in every layer."""
+    for layer in layers(model):
+        layer.freeze()
+
+
+def set_integer(model, on=True, view="B"):
+    """Let every quantized layer compute in integers (or not), in view A or B. The outputs are the same bits.
+
+    Raises ValueError where the model has no quantized layer, or one without an integer form.
+    """
+    found = layers(model)
+    if on and not found:
+        raise ValueError("this model has no quantized layer to run in integers: it is a float checkpoint")
+    if view not in ("A", "B"):
+        raise ValueError(f"view {view!r} does not exist; choose A or B")
+    for layer in found:
+        if on and not layer.on_grid:
+            raise ValueError(f"a W{layer.wbits}A{layer.abits} layer has no integer form; use 2 to 8 bits for both")
+        layer.integer, layer.view = on, view
+
+
+# ---------------------------------------------------------------- 6. the same in one pass over a GPU's memory
+
+# Optional, to run and to read: everything here has its definition above, and the tests compare the two. Triton comes with
 # torch on Linux; where it is missing, and on GPUs older than Ampere, the definitions do the work. A tensor is channels_last
 # or contiguous here: a pixel's (or a token's) channels lie side by side, and so do the blocks of the transform.
 try:
@@ -606,451 +1053,3 @@ def _int_gpu(x, w, kh=1, kw=1, stride=1, padding=0, scales=None):
             x, w, y, *(scales or (y, y, y)), pixels, h, w_in, h_out, w_out, C, outs, kw, kh * kw, stride, padding,
             128, OUTS, CHANNELS, *wide, scales is not None, num_warps=8 if any(wide) else 4, enable_fp_fusion=False)
     return y
-
-
-# ---------------------------------------------------------------- 5. the quantized layers
-
-class Clock:
-    """Which DDIM step each sample is at. One for all layers of a network, set from t before every forward.
-
-    Nothing counts calls: a batch may mix steps, and a stray call shifts nothing.
-    """
-
-    def __init__(self, timesteps):
-        self.timesteps, self.step, self.one_hot = torch.tensor(list(timesteps)), None, None
-
-    def set(self, t):
-        """t (B,) -> step (B,): the nearest of the timesteps that the scales were trained for."""
-        self.timesteps = self.timesteps.to(t.device)
-        self.step = (t[:, None] - self.timesteps).abs().argmin(dim=1)
-        self.one_hot = F.one_hot(self.step, len(self.timesteps)).float()         # (B, S)
-
-
-class HQLayer(nn.Module):
-    """What HQConv2d and HQLinear share: a float layer made over, with its input and its weight on integer grids.
-
-    rotation "single": only the activations are rotated (HQ-DM). "double": activations and weights, no way back needed
-    (QuaRot, Ashkboos et al. 2024, arXiv 2404.00456). "none": no transform, asymmetric activations (EfficientDM, He et
-    al. 2024, arXiv 2310.03270). Bits of 32 leave that side in float.
-
-    Two lives: in training it holds the float weight, LoRA and log-scales; freeze() turns those into packed integers.
-    packed=True builds it in its second life, to be filled by load_state_dict.
-    Raises ValueError for bits outside 2 .. 16 (or 32), an unknown rotation, a block that does not divide the width, and
-    where a sum could pass 2^31.
-    """
-    dim = 1                                          # where the channels of the input are
-
-    def __init__(self, layer, wbits=4, abits=4, rotation="single", block=32, rank=32, clock=None, packed=False):
-        super().__init__()
-        for bits in (wbits, abits):
-            if not (2 <= bits <= 16 or bits == 32):
-                raise ValueError(f"{bits} bits are not possible; choose 2 to 16, or 32 for float")
-        if rotation not in ROTATIONS:
-            raise ValueError(f"rotation {rotation!r} does not exist; choose from {', '.join(ROTATIONS)}")
-        self.shape = layer.weight.shape              # (C_out, C_in, kh, kw) or (C_out, C_in)
-        if rotation != "none":
-            check_block(self.shape[1], block)
-        self.wbits, self.abits, self.rotation = wbits, abits, rotation
-        self.block = block if rotation != "none" else 1
-        self.clock = clock or Clock([0])
-        self.symmetric = rotation != "none"          # rotated values spread around 0; what SiLU puts out does not
-        self.integer, self.view = False, None        # see set_integer
-        self._cache = {}
-
-        # The largest operands and sums that the formats allow: they decide how a sum is computed (see accumulator).
-        mixed = block if rotation == "single" else 1             # how many weights one operand of view B adds up
-        self.taps = math.prod(self.shape[1:])                    # products in one output value
-        self.q_x_max = max(map(abs, grid(abits, self.symmetric)))
-        self.q_w_max = 2**wbits - 1                              # of q_w - z, for any zero point
-        self.operand_max = mixed * self.q_w_max                  # of (q_w - z) R
-        self.on_grid = max(wbits, abits) <= 8                    # has an integer form
-        self.bound = accumulator_bound(self.taps, self.q_x_max, self.q_w_max, mixed) if self.on_grid else 0
-        if self.on_grid and self.taps * self.q_x_max >= 2**23:   # accumulator could not even sum digits of one bit
-            raise ValueError(f"sums of {self.taps} products with {abits}-bit activations leave a float32 no bit for the weights")
-        if self.on_grid and self.bound >= 2**31:
-            raise ValueError(f"sums of {self.taps} products at W{wbits}A{abits} could reach {self.bound:,}, past int32")
-
-        w, steps = layer.weight.detach().float(), len(self.clock.timesteps)
-        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().float(), requires_grad=False)
-        if abits != 32:
-            self.log_s_x = nn.Parameter(w.new_zeros(steps))
-            if not self.symmetric:
-                self.z_x = nn.Parameter(w.new_zeros(steps))
-        self.frozen = packed
-        if packed:
-            self._hold_integers(w.new_zeros(self.shape), w.new_ones(self.shape[0], 1), w.new_zeros(self.shape[0], 1))
-            return
-        # Double: the weight lives in the rotated basis from here on, and so do its LoRA factors.
-        self.register_buffer("weight", hadamard(w, 1, block) if rotation == "double" else w)
-        self.lora_A = nn.Parameter(w.new_empty(rank, *self.shape[1:]))           # for a convolution: rank filters k x k
-        self.lora_B = nn.Parameter(w.new_zeros(self.shape[0], rank))             # and a 1x1; B A = 0: no change yet
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))                    # as in LoRA, arXiv 2106.09685
-        if wbits != 32:
-            s, z = search_scale(self.weight.flatten(1), wbits, symmetric=False, p=2.4)
-            self.log_s_w = nn.Parameter(s.log())
-            self.register_buffer("z_w", z)
-
-    def at_step(self, values, x):
-        """values (S,) -> (B,): the one of each sample's step. RuntimeError where there are many and the clock is not set."""
-        if self.clock.step is not None:
-            return self.clock.one_hot @ values       # values[step], exactly; its gradient is a product too, not a sort
-        if len(values) > 1:
-            raise RuntimeError("which DDIM step is this? call the layer through its UNet, or clock.set(t) first")
-        return values.expand(len(x))
-
-    # -- the two operands of the product
-
-    def quantize_input(self, x, dtype=torch.float32):
-        """x -> (H x on its grid, integers stored as dtype; s_x (B, 1, ..)). H x and 1 at 32 bits. Differentiable."""
-        if self.abits == 32:
-            return hadamard(x, self.dim, self.block) if self.rotation != "none" else x, x.new_ones(())
-        shape = (-1,) + (1,) * (x.ndim - 1)
-        s = self.at_step(self.log_s_x.exp(), x)                  # each sample has the scale of its own step
-        # A zero point off the grid would take 0.0 off it too, and zero padding would no longer be exact.
-        z = torch.zeros_like(s) if self.symmetric else self.at_step(round_ste(self.z_x).clamp(*grid(self.abits, False)), x)
-        if fast_gpu(x, max(self.block, 16)):
-            return _QuantizeGPU.apply(x, s, z, *grid(self.abits, self.symmetric), self.block, dtype), s.view(shape)
-        v = hadamard(x, self.dim, self.block) if self.rotation != "none" else x
-        return quantize(v, s.view(shape), z.view(shape), self.abits, self.symmetric).to(dtype), s.view(shape)
-
-    def quantize_weight(self):
-        """(q_w - z, integers in a float tensor; s_w (C_out, 1)). The float weight and 1 at 32 bits. Differentiable."""
-        if self.frozen and self.wbits != 32:
-            q = unpack_weights(self.q_w, self.wbits, self.shape) if self.wbits <= 8 else self.q_w
-            return (q.flatten(1).float() - self.z_w.float()).view(self.shape), self.s_w
-        w = self.weight
-        if not self.frozen:
-            w = w + (self.lora_B @ self.lora_A.flatten(1)).view(self.shape)      # (C_out, r) x (r, C_in kh kw)
-        if self.wbits == 32:
-            return w, 1.0
-        s, w = self.log_s_w.exp(), w.flatten(1)
-        if fast_gpu(w):                                          # the same kernel: rows are its samples, and nothing is rotated
-            q = _QuantizeGPU.apply(w, s.flatten(), self.z_w.flatten(), *grid(self.wbits, False), 1, torch.float32)
-        else:
-            q = quantize(w, s, self.z_w, self.wbits, symmetric=False)
-        return q.view(self.shape), s
-
-    def operand(self):
-        """What q_x is multiplied with, and its scale: (q_w - z) R and s_w / sqrt(k) for single, else q_w - z and s_w.
-
-        This is view B. Rotating the weight is cheaper than rotating q_x back: it is smaller, and frozen it is done once.
-        """
-        return self._once("float", self._operand)
-
-    def _operand(self):
-        q, s = self.quantize_weight()
-        if q.ndim == 4:                                          # as the images: walsh becomes one tall product, and
-            q = q.contiguous(memory_format=torch.channels_last)  # the convolution need not reorder it
-        if self.rotation == "single":
-            q, s = walsh(q, 1, self.block), s / math.sqrt(self.block)
-        return q, s
-
-    def _once(self, key, make):
-        """make(), and for frozen weights only the first time."""
-        if not self.frozen or self.wbits == 32:
-            return make()
-        if self._cache.get("of") is not self.q_w:                # another tensor after .to(device)
-            self._cache = {"of": self.q_w}
-        if key not in self._cache:
-            self._cache[key] = make()
-        return self._cache[key]
-
-    def _load_from_state_dict(self, *args):
-        """Called by load_state_dict: other integers are coming, so what was computed from the old ones goes."""
-        self._cache = {}
-        super()._load_from_state_dict(*args)
-
-    # -- the product
-
-    def forward(self, x):
-        with full_float32(x.device):                             # integers do not survive bf16 sums
-            return self._forward(x.float())
-
-    def _forward(self, x):
-        """bias + acc * s: the one place where scales meet integers, read and written once."""
-        q_x, s_x = self.quantize_input(x, self._narrow(self.q_x_max) if self.integer else torch.float32)
-        q_w, s_w = self.operand()
-        if fast_gpu(x) and self.wbits != 32 and self.abits != 32:
-            scales = s_x.flatten(), s_w.flatten(), torch.zeros_like(s_w.flatten()) if self.bias is None else self.bias
-            return self.integer_accumulator(q_x, scales=scales) if self.integer else _ScaleGPU.apply(self.accumulator(q_x, q_w), *scales)
-        acc = self.integer_accumulator(q_x).float() if self.integer else self.accumulator(q_x, q_w)
-        s = s_x * (s_w if isinstance(s_w, float) else s_w.view(self.per_channel))
-        return acc * s if self.bias is None else torch.addcmul(self.bias.view(self.per_channel), acc, s)
-
-    @staticmethod
-    def _narrow(largest):
-        """The smallest integer type that holds -largest .. largest."""
-        return torch.int8 if largest <= 127 else torch.int16
-
-    def accumulator(self, q_x, q_w):
-        """The sums of the fake-quantized layer, in float32 and still exact integers. Differentiable.
-
-        A float32 sum is exact while every partial sum is below 2^24 and every operand below 2^11 (so that TF32 units
-        may multiply). Else the weights are cut into digits of m bits; each digit's sum is exact, and int32 adds them.
-        A doubt: on a GPU without TF32, cuDNN may take a Winograd kernel, which multiplies by fractions and is not exact.
-        experiments/exact.py counts what differs.
-        """
-        y = self.multiply(q_x, q_w)
-        if not self.on_grid or (self.bound < 2**24 and self.operand_max <= 2**11):
-            return y
-        with torch.no_grad():
-            m = min(11, int(math.log2(2**24 / (self.taps * self.q_x_max))))
-            digits = math.ceil(self.operand_max.bit_length() / m)
-            rest, acc = q_w.to(torch.int32), 0
-            for i in range(digits):
-                digit = rest & (2**m - 1) if i + 1 < digits else rest            # low digits 0 .. 2^m - 1, last one signed
-                acc = acc + (self.multiply(q_x, digit.float()).round().to(torch.int32) << (m * i))
-                rest = rest >> m
-        return y + (acc.float() - y).detach()                    # the value of acc, rounded once; the gradient of y
-
-    def integer_accumulator(self, q_x, view=None, route="int8", scales=None):
-        """The same sums by integer arithmetic alone, int32. q_x: as quantize_input gives it. view: "A" or "B".
-
-        scales (s_x, s_w, bias), on a fast_gpu: not the sums but the layer's output.
-        """
-        if not self.on_grid:
-            raise ValueError(f"a W{self.wbits}A{self.abits} layer has no integer form; use 2 to 8 bits for both")
-        # Integer additions are slow on a CPU, which rotates the weights once instead; on a GPU rotating q_x keeps the weights in int8.
-        view, x_max = view or self.view or ("A" if fast_gpu(q_x, self.block) else "B"), self.q_x_max
-        q_x = q_x.detach().to(self._narrow(x_max))
-        if self.rotation == "single" and view == "A":
-            x_max = x_max * self.block
-            q_x = _walsh_gpu(q_x, self.dim, self.block, 1.0, self._narrow(x_max)) if fast_gpu(q_x, self.block) else walsh(q_x, self.dim, self.block)
-        if route == "int64":
-            q_w = self._integer_weight(view)
-        else:
-            q_w = self._once(view, lambda: int_operand(self._integer_weight(view), x_max))
-        return self.multiply_int(q_x, q_w, route, x_max, scales)
-
-    def _integer_weight(self, view):
-        q_w = self.quantize_weight()[0].detach().to(torch.int16)
-        return walsh(q_w, 1, self.block) if self.rotation == "single" and view == "B" else q_w
-
-    # -- scales of the activations, and the second life
-
-    @torch.no_grad()
-    def fit_input(self, x, samples=8192):
-        """Set the activation scale of the clock's step by least squared error on x, a float input of this layer."""
-        v = (hadamard(x, self.dim, self.block) if self.rotation != "none" else x).flatten()
-        pick = torch.randint(len(v), (samples,), generator=torch.Generator().manual_seed(0)).to(v.device)
-        lo, hi = v.amin().view(1, 1), v.amax().view(1, 1)        # the range of all values; the error of a sample
-        s, z = search_scale(v[pick][None], self.abits, self.symmetric, p=2, lo=lo, hi=hi)
-        step = 0 if self.clock.step is None else self.clock.step[0]
-        self.log_s_x[step] = s[0, 0].log()
-        if not self.symmetric:
-            self.z_x[step] = z[0, 0]
-
-    @torch.no_grad()
-    def freeze(self):
-        """Fold LoRA into the weight, round it for good, and keep only packed integers, scales and zero points."""
-        if self.frozen:
-            return
-        w, s = self.quantize_weight()
-        z = getattr(self, "z_w", None)
-        for name in ("weight", "lora_A", "lora_B", "log_s_w", "z_w"):
-            if hasattr(self, name):
-                delattr(self, name)
-        self.frozen = True
-        self._hold_integers(w if z is None else (w.flatten(1) + z).view(self.shape), s, z)   # q_w, 0 .. 2^b - 1
-        self.requires_grad_(False)
-
-    def _hold_integers(self, q, s, z):
-        if self.wbits == 32:
-            self.register_buffer("weight", q)
-            return
-        self.register_buffer("q_w", pack_weights(q, self.wbits) if self.wbits <= 8 else q)
-        self.register_buffer("s_w", s)
-        self.register_buffer("z_w", z.to(torch.uint8) if self.wbits <= 8 else z)
-
-    @property
-    def bytes(self):
-        """(float32 bytes, packed bytes) of weight, bias and scales; the float layer has no scales."""
-        C_out, bias = self.shape[0], 4 * (self.shape[0] if self.bias is not None else 0)
-        n, steps = math.prod(self.shape), len(self.clock.timesteps)
-        scales_x = 0 if self.abits == 32 else 4 * steps * (1 if self.symmetric else 2)
-        weight = 4 * n if self.wbits == 32 else (math.ceil(n / 2) if self.wbits <= 4 else n) + 5 * C_out
-        return 4 * n + bias, weight + bias + scales_x
-
-
-class HQConv2d(HQLayer):
-    """A quantized nn.Conv2d: (B, C_in, h, w) -> (B, C_out, h', w'). Arguments and errors: HQLayer."""
-
-    per_channel = (1, -1, 1, 1)
-
-    def __init__(self, layer, *args, **kwargs):
-        if (layer.groups != 1 or layer.dilation != (1, 1) or layer.padding_mode != "zeros"
-                or len(set(layer.stride)) > 1 or len(set(layer.padding)) > 1):          # a word such as "same" has letters
-            raise ValueError("HQConv2d needs groups 1, dilation 1, and one number each for stride and zero padding")
-        self.stride, self.padding = layer.stride[0], layer.padding[0]
-        super().__init__(layer, *args, **kwargs)
-
-    def forward(self, x):
-        return super().forward(x.contiguous(memory_format=torch.channels_last))      # a pixel's channels side by side, for H
-
-    def multiply(self, q_x, q_w):
-        return F.conv2d(q_x, q_w, stride=self.stride, padding=self.padding)
-
-    def multiply_int(self, q_x, q_w, route, x_max, scales=None):
-        return int_conv2d(q_x, q_w, self.stride, self.padding, route, x_max, scales)
-
-
-class HQLinear(HQLayer):
-    """A quantized nn.Linear: (B, .., C_in) -> (B, .., C_out). Arguments and errors: HQLayer."""
-
-    dim, per_channel = -1, (-1,)
-
-    def multiply(self, q_x, q_w):
-        return F.linear(q_x, q_w)
-
-    def multiply_int(self, q_x, q_w, route, x_max, scales=None):
-        return int_linear(q_x, q_w, route, x_max, scales)
-
-
-# ---------------------------------------------------------------- 6. a whole UNet
-
-# First and last layers and the resampling and skip convolutions stay at 8 bits: few bytes, and all later layers see
-# their error. On an 8-bit grid outliers do no harm, so none of them is rotated.
-EIGHT_BITS = {
-    "time_mlp": "first layer (time)", "conv_in": "first layer (image)", "conv_out": "last layer",
-    "skip": "skip convolution", "resample": "resampling convolution"}
-
-
-def quantize_unet(unet, wbits, abits, rotation="single", block=32, timesteps=(0,), rank=32, packed=False):
-    """Replace every nn.Conv2d and nn.Linear of a UNet, in place; return the report, one dict a layer.
-
-    timesteps: the DDIM times that get an activation scale each; forward(x, t, ..) picks by t, the nearest.
-    packed=True: ready for load_state_dict of frozen integers. Raises ValueError as HQLayer does, naming the layer.
-    """
-    if layers(unet):
-        raise ValueError("this network is quantized already; start from the float one")
-    clock, rows, swaps = Clock(timesteps), [], []
-    for name, layer in list(unet.named_modules()):
-        if not isinstance(layer, (nn.Conv2d, nn.Linear)):
-            if isinstance(layer, (nn.Embedding, nn.GroupNorm)) or hasattr(layer, "heads"):
-                rows.append(_float_row(name, layer))
-            continue
-        why = next((text for part, text in EIGHT_BITS.items() if part in name.split(".")), None)
-        bits = [b if b == 32 or not why else 8 for b in (wbits, abits)]
-        rotate = "none" if why else rotation
-        kind = HQConv2d if isinstance(layer, nn.Conv2d) else HQLinear
-        try:
-            new = kind(layer, *bits, rotate, block, rank, clock, packed).to(layer.weight.device)
-        except ValueError as e:
-            raise ValueError(f"{name}: {e}") from None
-        swaps.append((*name.rpartition(".")[::2], new))
-        shape = "x".join(map(str, new.shape[2:]))
-        rows.append({"layer": name, "kind": f"conv {shape}" if shape else "linear", "wbits": bits[0], "abits": bits[1],
-                     "rotation": rotate, "block": new.block, "note": f"{why}: not rotated" if why else
-                     "" if rotate != "none" else "rotation none was asked for", "accumulator_bound": new.bound,
-                     "float_bytes": new.bytes[0], "bytes": new.bytes[1]})
-    for parent, name, new in swaps:                  # only now: a refusal above leaves the network as it was
-        setattr(unet.get_submodule(parent), name, new)
-    unet.clock = clock
-    unet.register_forward_pre_hook(_set_clock, with_kwargs=True)
-    unet.requires_grad_(False)
-    for layer in layers(unet):
-        for name, p in layer.named_parameters():
-            p.requires_grad_(name != "bias" and not packed)
-    return rows
-
-
-def _set_clock(unet, args, kwargs):
-    unet.clock.set(kwargs["t"] if "t" in kwargs else args[1])
-
-
-def _float_row(name, layer):
-    why = ("a table look-up: nothing is multiplied" if isinstance(layer, nn.Embedding) else "a normalisation, no matrix"
-           if isinstance(layer, nn.GroupNorm) else "q k^T and its softmax; its qkv and proj are rows of their own")
-    size = 4 * sum(p.numel() for p in layer.parameters(recurse=False))
-    return {"layer": name, "kind": type(layer).__name__, "wbits": 32, "abits": 32, "rotation": "none", "block": 1,
-            "note": "float: " + why,
-            "accumulator_bound": 0, "float_bytes": size, "bytes": size}
-
-
-def layers(model):
-    """The quantized layers of a model, in order."""
-    return [m for m in model.modules() if isinstance(m, HQLayer)]
-
-
-def format_report(rows):
-    """The rows of quantize_unet as a table with totals; norms, which are many and all alike, as one line."""
-    lines = [f"{'layer':26s} {'kind':10s} {'W':>2s} {'A':>2s} {'rotation':8s} {'block':>5s} {'|sum| <':>11s} {'bytes':>9s}  note"]
-    norms = [r for r in rows if r["kind"] == "GroupNorm"]
-    for r in (r for r in rows if r["kind"] != "GroupNorm"):
-        lines.append(f"{r['layer']:26s} {r['kind']:10s} {r['wbits']:2d} {r['abits']:2d} {r['rotation']:8s} {r['block']:5d} "
-                     f"{r['accumulator_bound']:11,d} {r['bytes']:9,d}  {r['note']}")
-    if norms:
-        lines.append(f"{len(norms)} x GroupNorm: {sum(r['bytes'] for r in norms):,d} bytes, {norms[0]['note']}")
-    old, new = sum(r["float_bytes"] for r in rows), sum(r["bytes"] for r in rows)
-    lines.append(f"total {old:,d} bytes in float32, {new:,d} packed: {old / new:.1f} times smaller")
-    return "\n".join(lines)
-
-
-@torch.no_grad()
-def calibrate(student, teacher, batches):
-    """Set all activation scales from the float model's own activations, step by step, by least squared error.
-
-    student: quantize_unet of a copy of teacher. batches: (x_t, t, y) of a few teacher trajectories, one t a batch.
-    """
-    twins = dict(teacher.named_modules())
-    hooks = [twins[name].register_forward_pre_hook(lambda _, args, layer=layer: layer.fit_input(args[0]))
-             for name, layer in student.named_modules() if isinstance(layer, HQLayer) and layer.abits != 32]
-    try:
-        for x, t, y in batches:
-            student.clock.set(t)
-            teacher(x, t, y)
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-# Learning rates: of LoRA in units of the layer's mean s_w, of s_w, of s_x, of z_x (in levels of the grid). The paper
-# trains 160 walks of 100 updates at batch 2 with 1/2500, 1e-6 and 5e-4; EfficientDM has 5e-4 for z_x too. Our runs have
-# a sixteenth of the updates and larger batches, and want larger steps: experiments/rates.py compares.
-RATES = {"lora": 1 / 25, "s_w": 1e-4, "s_x": 8e-3, "z_x": 8e-3}
-
-
-def parameter_groups(model, lr=1.0):
-    """What is trained, as optimiser groups that each carry a base_lr: `lr` times RATES.
-
-    The scales are trained as logarithms, and d log s = ds / s: their rates are divided by the network's mean scale.
-    """
-    found = layers(model)
-    s_w, s_x, z_x = ([getattr(layer, name) for layer in found if hasattr(layer, name)] for name in ("log_s_w", "log_s_x", "z_x"))
-
-    def mean_scale(logs):
-        return torch.cat([p.detach().exp().flatten() for p in logs]).mean().item()
-
-    groups = []
-    for layer in found:                              # a float weight (W32) has no scale: its mean size stands in
-        unit = mean_scale([layer.log_s_w]) if hasattr(layer, "log_s_w") else layer.weight.abs().mean().item()
-        groups.append({"params": [layer.lora_A, layer.lora_B], "base_lr": lr * RATES["lora"] * unit})
-    if s_w:
-        groups.append({"params": s_w, "base_lr": lr * RATES["s_w"] / mean_scale(s_w)})
-    if s_x:
-        groups.append({"params": s_x, "base_lr": lr * RATES["s_x"] / mean_scale(s_x)})
-    if z_x:                                          # no logarithm
-        groups.append({"params": z_x, "base_lr": lr * RATES["z_x"]})
-    return groups
-
-
-def freeze(model):
-    """End of training: fold LoRA in, round the weights for good and pack them, in every layer."""
-    for layer in layers(model):
-        layer.freeze()
-
-
-def set_integer(model, on=True, view=None):
-    """Let every quantized layer compute in integers (or not), in view A or B (None: the faster). The outputs are the same bits.
-
-    Raises ValueError where the model has no quantized layer, or one without an integer form.
-    """
-    found = layers(model)
-    if on and not found:
-        raise ValueError("this model has no quantized layer to run in integers: it is a float checkpoint")
-    if view not in ("A", "B", None):
-        raise ValueError(f"view {view!r} does not exist; choose A or B")
-    for layer in found:
-        if on and not layer.on_grid:
-            raise ValueError(f"a W{layer.wbits}A{layer.abits} layer has no integer form; use 2 to 8 bits for both")
-        layer.integer, layer.view = on, view
