@@ -352,6 +352,20 @@ def scored(updates, model, first, args, out, n=5000):
             path.write_text(json.dumps(rows, indent=1) + "\n")
             print(f"after {step * args.batch / 1e6:.1f} M images: C-FID {rows[-1]['c_fid']:.2f}, C-IS {rows[-1]['c_is']:.3f}, "
                   f"class accuracy {rows[-1]['accuracy']:.3f}", flush=True)
+            plot_curve(rows, out / "curve.png")
+
+
+def plot_curve(rows, path):
+    """C-FID, C-IS and class accuracy against the images seen."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, 3, figsize=(9, 2.8), layout="constrained")
+    for ax, (key, title) in zip(axes, {"c_fid": "C-FID", "c_is": "C-IS", "accuracy": "class accuracy"}.items()):
+        ax.plot([r["images"] / 1e6 for r in rows], [r[key] for r in rows], "o-")
+        ax.set(xlabel="million images", title=title)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
 
 
 def train_teacher(args, device, out):
@@ -604,6 +618,8 @@ def main(argv=None):
     for name, bits in (("wbits", args.wbits), ("abits", args.abits)):
         if bits != 32 and not 2 <= bits <= 8:
             raise ValueError(f"--{name} {bits} is not possible; choose 2 to 8, or 32 for float")
+    if args.score_every and (args.wbits, args.abits) != (32, 32):
+        raise ValueError("--score-every is for the teacher; a quantized model is scored by sample.py --score")
     if args.lr is not None and not 0 < args.lr <= 1e4:
         raise ValueError(f"--lr {args.lr} is not a positive number up to 10,000")
     device = start_processes(pick_device(args.device))

@@ -9,6 +9,7 @@ growth     its cost against n = 2 .. 4096
 update     one quantized training update against one of the float model: same batch, device and code
 sampling   pictures a second: float, fake-quantized, integer in both views
 training   images a second of the float training; other libraries where they are installed
+scaling    the same by torchrun on 1, 2 and 4 GPUs
 commands   what a user waits for
 
 Competitors take turns within one loop, so that a slow moment hits all of them; reported is the median and the middle
@@ -18,6 +19,7 @@ import argparse
 import contextlib
 import copy
 import json
+import re
 import subprocess
 import sys
 import time
@@ -31,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import hqdm  # noqa: E402
 import train  # noqa: E402
 from sample import HERE as ROOT, draw, load_model, pick_device, positive, provenance, run_cli  # noqa: E402
-from unet import UNet, ddim_timesteps  # noqa: E402
+from unet import UNet, add_noise  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 BITS = dict(wbits=4, abits=3)
@@ -118,8 +120,8 @@ def hadamard(device, quick):
                         rows.append({"what": name, "shape": shape, "dtype": str(dtype)[6:], "layout": layout, **t,
                                      "of_copy": round(times["copy"]["ms"] / t["ms"], 3), "error": error})
                 rows += [{"what": name, "shape": shape, "dtype": str(dtype)[6:], "layout": layout, "ms": None, "note": "not installed"} for name in missing]
-    ours = next(r for r in rows if r["what"] == "ours")
-    return rows, {"hadamard_fraction_of_copy": ours["of_copy"], "hadamard_error": ours["error"]}
+    ours, there = (next(r for r in rows if r["what"] == what) for what in ("ours", "ours, quantize, ours"))
+    return rows, {"hadamard_fraction_of_copy": ours["of_copy"], "hadamard_error": ours["error"], "there_and_back_in_copies": round(1 / there["of_copy"], 2)}
 
 
 def growth(device, quick):
@@ -176,14 +178,17 @@ def updater(teacher, pool, batch, rotation=None):
     return lambda: next(updates)
 
 
-def peak(run, device):
-    """Peak GPU memory in GiB while run() runs; None without a GPU."""
+def prepare(make, device, calls=5):
+    """(make(), GiB of GPU memory that it and its first calls took at most; None without a GPU)."""
     if device.type != "cuda":
-        run()
-        return None
+        return make(), None
     torch.cuda.reset_peak_memory_stats()
-    run()
-    return round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    before = torch.cuda.memory_allocated()
+    run = make()
+    for _ in range(calls):                           # recording happens in the fourth
+        run()
+    torch.cuda.synchronize()
+    return run, round((torch.cuda.max_memory_allocated() - before) / 2**30, 2)
 
 
 def update(device, quick):
@@ -199,17 +204,16 @@ def update(device, quick):
         return wrapped
 
     for batch in ((4, 16) if quick else (128, 512)):
-        plain = updater(teacher, pool, batch)
+        plain, plain_memory = prepare(lambda: updater(teacher, pool, batch), device)
         made = {rotation: lambda rotation=rotation: updater(teacher, pool, batch, rotation) for rotation in hqdm.ROTATIONS}
         made["single, the authors' way"] = lambda: inside(authors_way, updater(teacher, pool, batch, "single"))
         if device.type == "cuda":
             made["float, bf16"] = lambda: inside(lambda: train.autocast(device), updater(teacher, pool, batch))
         for name, make in made.items():              # float against one other at a time: memory for two
-            run = make()
-            times = compare({"float": plain, name: run}, device, seconds=2 if quick else 1.5, warm=5)
-            for what in ("float", name)[name != "none":]:
-                memory = peak({"float": plain, name: run}[what], device)
-                rows.append({"what": what, "batch": batch, **times[what], "of_float": round(times[what]["ms"] / times["float"]["ms"], 3), "peak_gib": memory})
+            run, memory = prepare(make, device)
+            times = compare({"float": plain, name: run}, device, seconds=2 if quick else 1.5)
+            for what, gib in (("float", plain_memory), (name, memory))[name != "none":]:
+                rows.append({"what": what, "batch": batch, **times[what], "of_float": round(times[what]["ms"] / times["float"]["ms"], 3), "peak_gib": gib})
             del run
         figures[f"qat_update_ratio_b{batch}"] = max(r["of_float"] for r in rows if r["batch"] == batch and r["what"] in hqdm.ROTATIONS)
         del plain
@@ -221,7 +225,7 @@ def libraries(size=32):
     found = {}
     try:
         from denoising_diffusion_pytorch import Unet
-        found["denoising-diffusion-pytorch"] = (Unet(dim=40, dim_mults=(1, 2, 2, 2)), lambda m, x, t: m(x, t))
+        found["denoising-diffusion-pytorch"] = (Unet(dim=72, dim_mults=(1, 2, 2, 2)), lambda m, x, t: m(x, t))
     except ImportError:
         found["denoising-diffusion-pytorch"] = None
     try:
@@ -235,42 +239,71 @@ def libraries(size=32):
 
 
 def training(device, quick):
-    """Rows of part `training`: images a second of the float teacher's training; the others get the same loop in bf16."""
+    """Rows of part `training`: images a second of the float teacher's training; the others get their own plain loop, in bf16.
+
+    Ours is compiled and recorded, as train.py runs it on a GPU. The others are measured as they come, and compiled.
+    """
     images, labels = (v.to(device) for v in train.load_bundled())
     batch, runs, parameters = (8 if quick else 512), {}, {}
-    model = UNet().to(device, memory_format=torch.channels_last)
-    ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
-    optimizer = train.adamw([{"params": list(model.parameters()), "base_lr": 1e-6}], device)
-    steps = train.teacher_updates(model, ema, optimizer, images, labels, 10**9, batch, seed=0)
-    runs["ours"], parameters["ours"] = (lambda: next(steps)), sum(p.numel() for p in model.parameters())
+
+    def ours(batch):
+        torch.compiler.reset()
+        model = UNet().to(device, memory_format=torch.channels_last)
+        parameters["ours"] = parameters[f"ours, batch {2 * batch}"] = sum(p.numel() for p in model.parameters())
+        optimizer = train.adamw([{"params": list(model.parameters()), "base_lr": 1e-6}], device)
+        steps = train.teacher_updates(model, train.make_ema(model, 10**5), optimizer, images, labels, 10**9, batch, seed=0)
+        return lambda: next(steps)
 
     def other(net, call):
-        net = net.to(device)
         adam = torch.optim.AdamW(net.parameters(), lr=1e-6, fused=device.type in ("cuda", "cpu"))
 
         def step():
             x = images[torch.randint(len(images), (batch,), device=device)].float() / 127.5 - 1
             t, eps = torch.randint(1000, (batch,), device=device), torch.randn_like(x)
             with train.autocast(device):
-                loss = F.mse_loss(call(net, train.add_noise(x, t, eps), t).float(), eps)
+                loss = F.mse_loss(call(net, add_noise(x, t, eps), t).float(), eps)
             adam.zero_grad(set_to_none=True)
             loss.backward()
             adam.step()
         return step
 
-    missing = []
+    runs["ours"], missing = ours(batch), []
     for name, entry in libraries().items():
         if entry is None:
             missing.append({"what": name, "batch": batch, "images_per_s": None, "note": "not installed"})
-        else:
-            runs[name], parameters[name] = other(*entry), sum(p.numel() for p in entry[0].parameters())
+            continue
+        net, call = entry[0].to(device), entry[1]
+        runs[name] = other(net, call)
+        if device.type == "cuda":
+            runs[f"{name}, compiled"] = other(torch.compile(net), call)
+        parameters[name] = parameters[f"{name}, compiled"] = sum(p.numel() for p in net.parameters())
     times = compare(runs, device, seconds=3, warm=5)
-    rows = [{"what": name, "batch": batch, "parameters": parameters[name], **t, "images_per_s": round(1e3 * batch / t["ms"], 1)} for name, t in times.items()]
+    if device.type == "cuda":                        # a larger batch, after the others: only to see whether it pays
+        times.update(compare({f"ours, batch {2 * batch}": ours(2 * batch)}, device, seconds=3, warm=5))
+    rows = [{"what": name, "batch": (size := 2 * batch if "batch" in name else batch), "parameters": parameters[name], **t,
+             "images_per_s": round(1e3 * size / t["ms"], 1)} for name, t in times.items()]
     rate = {r["what"]: r["images_per_s"] for r in rows}
     figures = {"float_images_per_s": rate["ours"]}
     for key, name in (("float_vs_ddpm_pytorch", "denoising-diffusion-pytorch"), ("float_vs_diffusers", "diffusers UNet2DModel")):
         figures[key] = round(rate["ours"] / rate[name], 2) if name in rate else None
     return rows + missing, figures
+
+
+def scaling(device, quick):
+    """Rows of part `scaling`: images a second of `torchrun train.py` on 1, 2 and 4 GPUs, 512 images each."""
+    have, rows = torch.cuda.device_count() if device.type == "cuda" else 0, []
+    for n in (1, 2, 4):
+        row = {"what": f"{n} GPUs", "batch": 512 * n, "images_per_s": None}
+        if n <= have:
+            command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "train.py", "--steps", "600", "--batch", str(512 * n),
+                       "--out", str(ROOT / "runs" / f"bench-{n}-{int(time.time())}")]
+            text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+            row["images_per_s"] = float(np.median([float(v) for v in re.findall(r"([\d.]+) images/s", text)[2:]]))      # after the start
+        else:
+            row["note"] = f"not measured: {have} GPUs here"
+        rows.append(row)
+    rate = [r["images_per_s"] for r in rows]
+    return rows, {"ddp_speedup_4": round(rate[2] / rate[0], 2) if rate[2] else None}
 
 
 # ---------------------------------------------------------------- drawing
@@ -286,7 +319,7 @@ def sampling(device, quick):
                 hqdm.set_integer(model, True, view)
             kind = "float" if name == "teacher" else f"{name}, {'integer ' + view if view else 'fake'}"
             runs[kind] = lambda model=model: draw(model, n, steps)
-    times = compare(runs, device, seconds=3 if quick else 1, warm=1, least=3)
+    times = compare(runs, device, seconds=6 if quick else 1, warm=1, least=3)
     rate = {name: 1e3 * n / t["ms"] * steps / 50 for name, t in times.items()}
     rows = [{"what": name, "batch": n, **t, "images_per_s_50": round(rate[name], 3)} for name, t in times.items()]
     best = max(rate["w4a3-single, integer A"], rate["w4a3-single, integer B"])
@@ -309,7 +342,7 @@ def commands(device, quick):
     return rows, {f"seconds_{r['what'].split('.')[0]}": r["seconds"] for r in rows}
 
 
-PARTS = {"hadamard": hadamard, "growth": growth, "update": update, "sampling": sampling, "training": training, "commands": commands}
+PARTS = {"hadamard": hadamard, "growth": growth, "update": update, "sampling": sampling, "training": training, "scaling": scaling, "commands": commands}
 
 
 def short_name(device):

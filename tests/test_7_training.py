@@ -234,16 +234,15 @@ def test_teacher_learns():
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
-def test_teacher_sees_images_and_mirror_images(monkeypatch):
+def test_teacher_sees_images_and_mirror_images():
     """Half the pictures are flipped left to right, none upside down, all scaled to [-1, 1]; labels stay with them."""
     images, labels = train.load_bundled()
     seen, model = [], small_unet()
     def look(net, x_0, y, classes, rows):
         seen.append((x_0, y))
         return model.conv_in.weight.sum()
-    monkeypatch.setattr(train, "ddpm_loss", look)
     ema = torch.optim.swa_utils.AveragedModel(model)
-    list(train.teacher_updates(model, ema, torch.optim.AdamW([{"params": list(model.parameters()), "base_lr": 1e-3}]), images, labels, 2, 32, 0))
+    list(train.teacher_updates(model, ema, torch.optim.AdamW([{"params": list(model.parameters()), "base_lr": 1e-3}]), images, labels, 2, 32, 0, loss=look))
     scaled = images.float() / 127.5 - 1
     flipped = 0
     for x_0, y in seen:
@@ -252,6 +251,17 @@ def test_teacher_sees_images_and_mirror_images(monkeypatch):
             assert (same | mirrored).any() and labels[(same | mirrored).nonzero()[0, 0]] == label
             flipped += int(mirrored.any() and not same.any())
     assert 16 < flipped < 48 and ema.n_averaged == 2
+
+
+def test_scores_along_the_way(tmp_path, monkeypatch):
+    """--score-every N: a row of curve.json after every N steps and after the last; a resumed run keeps the rows it had reached."""
+    monkeypatch.setattr(train, "draw", lambda model, n, *args, **kwargs: (check(not model.training), n))
+    monkeypatch.setattr(train, "score", lambda _, n: {"c_fid": 1.0, "c_is": 2.0, "accuracy": 0.5})
+    args = argparse.Namespace(score_every=2, steps=5, batch=8, ddim_steps=3, seed=0)
+    assert list(train.scored(iter("abcde"), small_unet().train(), 0, args, tmp_path)) == list("abcde")
+    assert [(r["step"], r["images"]) for r in json.loads((tmp_path / "curve.json").read_text())] == [(2, 16), (4, 32), (5, 40)]
+    assert list(train.scored(iter("de"), small_unet(), 3, args, tmp_path)) == list("de") and (tmp_path / "curve.png").stat().st_size > 1000
+    assert [r["step"] for r in json.loads((tmp_path / "curve.json").read_text())] == [2, 4, 5]
 
 
 def test_update_clips_the_gradient_and_scales_the_rate():
@@ -358,7 +368,7 @@ def test_two_processes_share_one_batch(teacher_file, tmp_path):
 @pytest.mark.parametrize("more, message", [
     (["--wbits", "1"], "choose 2 to 8"), (["--abits", "9"], "choose 2 to 8"), (["--block", "64"], "use block 32, 16 or 8"),
     (["--block", "0"], "not a positive number"), (["--steps", "0"], "not a positive number"), (["--batch", "-1"], "not a positive number"),
-    (["--lr", "nan"], "not a positive number"), (["--teacher", "/no/teacher.pt"], "no teacher at"), (["--device", "tpu"], "choose from cpu"),
+    (["--lr", "nan"], "not a positive number"), (["--score-every", "3"], "is for the teacher"), (["--teacher", "/no/teacher.pt"], "no teacher at"), (["--device", "tpu"], "choose from cpu"),
     (["--ddim-steps", "1001"], "outside 1 .. 1000"), (["--rotation", "triple"], "invalid choice"), (["--out", "/proc/x"], "cannot write"),
     (["--resume"], "nothing to resume")])
 def test_bad_input_is_one_line_and_exit_code_2(more, message, teacher_file, tmp_path, capsys):
