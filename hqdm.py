@@ -55,6 +55,7 @@ it is rounded; each weight's scale s_w; one activation scale s_x for each layer 
 import contextlib
 import functools
 import math
+import os
 from typing import NamedTuple
 
 import torch
@@ -824,17 +825,20 @@ def set_integer(model, on=True, view="B"):
 # Optional, to run and to read: everything here has its definition above, and the tests compare the two. Triton comes with
 # torch on Linux; where it is missing, and on GPUs older than Ampere, the definitions do the work. A tensor is channels_last
 # or contiguous here: a pixel's (or a token's) channels lie side by side, and so do the blocks of the transform.
+# To step through a kernel without a GPU: TRITON_INTERPRET=1 python -m pytest tests/test_1* tests/test_3*
 try:
     import triton
     import triton.language as tl
 except ImportError:
     triton = None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def fast_gpu(x, block=32):
-    """Whether the kernels of this section take x. Their matrix units want blocks of 16 or more."""
-    return (triton is not None and x.is_cuda and 16 <= block <= 256 and x.dtype != torch.float64
-            and torch.cuda.get_device_properties(x.device).major >= 8)
+    """Whether the kernels of this section take x: on Ampere and later, and anywhere in Triton's interpreter (see above)."""
+    if triton is None or not 16 <= block <= 256 or x.dtype == torch.float64:             # matrix units want blocks of 16 or more
+        return False
+    return torch.cuda.get_device_properties(x.device).major >= 8 if x.is_cuda else INTERPRETED
 
 
 if triton is not None:
@@ -860,8 +864,8 @@ if triton is not None:
         tl.store(y_ptr + offsets, (_rotate(x, K) * scale).to(y_ptr.dtype.element_ty), mask)
 
     @triton.jit
-    def _levels(x_ptr, s_ptr, z_ptr, n, K: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr):
-        """How both kernels below begin: where a tile of ROWS x K numbers lies, t = H x / s, t rounded, s and z."""
+    def _tile(x_ptr, s_ptr, z_ptr, n, low, high, K: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr):
+        """How both kernels below begin: where a tile of ROWS x K numbers lies, t = H x / s, s, and the ends of the grid less z."""
         sample = tl.program_id(1)
         at = tl.program_id(0) * (ROWS * K) + tl.arange(0, ROWS)[:, None] * K + tl.arange(0, K)[None, :]
         offsets, mask = sample.to(tl.int64) * n + at, at < n
@@ -869,25 +873,26 @@ if triton is not None:
         if NORM != 1.0:
             x = _rotate(x, K) * NORM
         t = x * (1 / s)
-        t += (x - t * s) * (1 / s)                               # Newton's step: as good as the slow division
-        # Adding 1.5 * 2^23 leaves no bit below 1: this rounds, ties to even. Off the grid the exact integer is no matter.
-        near = tl.minimum(tl.maximum(t, -4194304.0), 4194304.0)
-        return offsets, mask, t, (near + 12582912.0) - 12582912.0, s, z
+        return offsets, mask, t + (x - t * s) * (1 / s), s, low - z, high - z            # Newton's step: as good as a division
+
+    @triton.jit
+    def _round(t, low, high):
+        """clamp(t, low, high) rounded, ties to even: next to 1.5 * 2^23 a float32 has no bit below 1."""
+        return (tl.minimum(tl.maximum(t, low), high) + 12582912.0) - 12582912.0
 
     @triton.jit
     def _quantize_kernel(x_ptr, s_ptr, z_ptr, q_ptr, n, low, high, K: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr):
         """q = clamp(round(H x / s) + z, low, high) - z, for samples of n numbers with an s and a z each. NORM 1: no H."""
-        offsets, mask, t, rounded, s, z = _levels(x_ptr, s_ptr, z_ptr, n, K, ROWS, NORM)
-        q = tl.minimum(tl.maximum(rounded + z, low), high) - z
-        tl.store(q_ptr + offsets, q.to(q_ptr.dtype.element_ty), mask)
+        offsets, mask, t, s, first, last = _tile(x_ptr, s_ptr, z_ptr, n, low, high, K, ROWS, NORM)
+        tl.store(q_ptr + offsets, _round(t, first, last).to(q_ptr.dtype.element_ty), mask)
 
     @triton.jit
     def _quantize_backward_kernel(g_ptr, x_ptr, s_ptr, z_ptr, gx_ptr, gs_ptr, gz_ptr, n, low, high,
                                   K: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr):
         """The gradients of _quantize_kernel: of x at every place; of s and z as one sum a program."""
-        offsets, mask, t, rounded, s, z = _levels(x_ptr, s_ptr, z_ptr, n, K, ROWS, NORM)
-        g = tl.load(g_ptr + offsets, mask, other=0).to(tl.float32)
-        inside = (rounded + z >= low) & (rounded + z <= high)
+        offsets, mask, t, s, first, last = _tile(x_ptr, s_ptr, z_ptr, n, low, high, K, ROWS, NORM)
+        g, near = tl.load(g_ptr + offsets, mask, other=0).to(tl.float32), _round(t, first - 1, last + 1)
+        inside = (near >= first) & (near <= last)
         gx = tl.where(inside, g * (1 / s), 0.0)
         part = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         tl.store(gs_ptr + part, -tl.sum(tl.sum(gx * t, 1), 0))   # d(x/s)/ds = -(x/s)/s

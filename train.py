@@ -180,8 +180,8 @@ def spread(model):
 
 
 def compiled(net, device, steps):
-    """net, compiled where that pays back its minute: in a long run, on a GPU, where torch's GPU compiler exists."""
-    return torch.compile(net) if device.type == "cuda" and hqdm.triton is not None and steps >= 500 else net
+    """net, compiled where that pays back its minute: in a long run, on a GPU, where torch's compiler serves it."""
+    return torch.compile(net) if steps >= 2000 and hqdm.fast_gpu(torch.empty(0, device=device)) else net
 
 
 def mean_over_processes(value):
@@ -216,8 +216,7 @@ def decay(step, steps, warmup=0, shape="cosine"):
 
 def adamw(groups, device):
     """AdamW without weight decay, every group of parameters in one kernel; each has its learning rate at full as base_lr."""
-    cuda = device.type == "cuda"
-    return torch.optim.AdamW(groups, weight_decay=0.0, fused=cuda or device.type == "cpu", capturable=cuda)
+    return torch.optim.AdamW(groups, weight_decay=0.0, fused=device.type in ("cuda", "cpu"))
 
 
 def updater(optimizer, compute_loss, device):
@@ -227,9 +226,10 @@ def updater(optimizer, compute_loss, device):
     """
     groups = optimizer.param_groups
     params = [p for group in groups for p in group["params"]]
-    if device.type == "cuda":                        # a recorded step reads its rates from the GPU; a number would be recorded with it
-        for group in groups:
-            group["lr"] = torch.tensor(group["base_lr"], device=device)
+    cuda = device.type == "cuda"
+    for group in groups:                             # a recorded step reads its rates from the GPU: a number would be recorded with it
+        group["lr"] = torch.tensor(group["base_lr"], device=device) if cuda else group["base_lr"]
+        group["capturable"] = cuda                   # here, and not in adamw, because the state of a run on another device may be loaded
 
     def step(*tensors):
         optimizer.zero_grad(set_to_none=True)
@@ -243,7 +243,7 @@ def updater(optimizer, compute_loss, device):
 
     def update(factor, *tensors):
         for group in groups:
-            if torch.is_tensor(group["lr"]):
+            if cuda:
                 group["lr"].fill_(group["base_lr"] * factor)
             else:
                 group["lr"] = group["base_lr"] * factor

@@ -190,6 +190,14 @@ def test_autocast_does_not_reach_the_integers():
         assert torch.equal(new(x), y)
 
 
+@pytest.mark.filterwarnings("ignore:.*lru_cache")
+def test_a_layer_compiles_in_one_piece(monkeypatch):
+    """torch.compile finds no break in a layer, and computes the same."""
+    monkeypatch.setattr(hqdm, "INTERPRETED", False)              # nobody compiles for Triton's interpreter
+    new, x, _ = layer("linear", "double", 4, 3)
+    assert torch.equal(torch.compile(new, backend="eager", fullgraph=True)(x), new(x))
+
+
 def test_uneven_strides_are_refused():
     with pytest.raises(ValueError, match="one number each"):
         hqdm.HQConv2d(nn.Conv2d(32, 8, 3, stride=(1, 2)))
