@@ -343,8 +343,8 @@ def _int_product(x, q_w, route, x_max, kh, kw, stride, padding, scales):
             term = term << (i + j) if i + j else term
             acc = term if acc is None else acc + term            # int32 wraps around, and the true sum fits: exact
     if scales:                                       # weights too large for the kernel's int16
-        s_x, s_w, bias = scales
-        return _scale_gpu(acc.float().view(len(x), -1, o), s_x, s_w, bias, torch.empty(len(x), m // max(1, len(x)), o, device=x.device)).view(m, o)
+        acc = acc.float().view(len(x), m // max(1, len(x)), o)
+        return _scale_gpu(acc, *scales, torch.empty_like(acc)).view(m, o)
     return acc
 
 
@@ -474,7 +474,7 @@ class HQLayer(nn.Module):
         # A zero point off the grid would take 0.0 off it too, and zero padding would no longer be exact.
         z = torch.zeros_like(s) if self.symmetric else self.at_step(round_ste(self.z_x).clamp(*grid(self.abits, False)), x)
         if fast_gpu(x, max(self.block, 16)):
-            return _QuantizeGPU.apply(x, s, z, *grid(self.abits, self.symmetric), self.block, dtype), s.view(shape)
+            return _QuantizeGPU.apply(x, s, z, *grid(self.abits, self.symmetric), self.dim, self.block, dtype), s.view(shape)
         v = hadamard(x, self.dim, self.block) if self.rotation != "none" else x
         return quantize(v, s.view(shape), z.view(shape), self.abits, self.symmetric).to(dtype), s.view(shape)
 
@@ -490,7 +490,7 @@ class HQLayer(nn.Module):
             return w, 1.0
         s, w = self.log_s_w.exp(), w.flatten(1)
         if fast_gpu(w):                                          # the same kernel: rows are its samples, and nothing is rotated
-            q = _QuantizeGPU.apply(w, s.flatten(), self.z_w.flatten(), *grid(self.wbits, False), 1, torch.float32)
+            q = _QuantizeGPU.apply(w, s.flatten(), self.z_w.flatten(), *grid(self.wbits, False), 1, 1, torch.float32)
         else:
             q = quantize(w, s, self.z_w, self.wbits, symmetric=False)
         return q.view(self.shape), s
@@ -537,7 +537,9 @@ class HQLayer(nn.Module):
         q_w, s_w = self.operand()
         if fast_gpu(x) and self.wbits != 32 and self.abits != 32:
             scales = s_x.flatten(), s_w.flatten(), torch.zeros_like(s_w.flatten()) if self.bias is None else self.bias
-            return self.integer_accumulator(q_x, scales=scales) if self.integer else _ScaleGPU.apply(self.accumulator(q_x, q_w), *scales)
+            if self.integer:
+                return self.integer_accumulator(q_x, scales=scales)
+            return _ScaleGPU.apply(self.accumulator(q_x, q_w), *scales, self.dim)
         acc = self.integer_accumulator(q_x).float() if self.integer else self.accumulator(q_x, q_w)
         s = s_x * (s_w if isinstance(s_w, float) else s_w.view(self.per_channel))
         return acc * s if self.bias is None else torch.addcmul(self.bias.view(self.per_channel), acc, s)
@@ -579,7 +581,8 @@ class HQLayer(nn.Module):
         q_x = q_x.detach().to(self._narrow(x_max))
         if self.rotation == "single" and view == "A":
             x_max = x_max * self.block
-            q_x = _walsh_gpu(q_x, self.dim, self.block, 1.0, self._narrow(x_max)) if fast_gpu(q_x, self.block) else walsh(q_x, self.dim, self.block)
+            fast = fast_gpu(q_x, self.block)
+            q_x = _walsh_gpu(q_x, self.dim, self.block, 1.0, self._narrow(x_max)) if fast else walsh(q_x, self.dim, self.block)
         if route == "int64":
             q_w = self._integer_weight(view)
         else:
@@ -857,7 +860,7 @@ if triton is not None:
     @triton.jit
     def _walsh_kernel(x_ptr, y_ptr, vectors, scale: tl.constexpr, inner: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr):
         """y = scale R x for vectors of K numbers that lie `inner` apart in memory. Each program does ROWS vectors."""
-        v = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        v = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)        # 64 bits: a tensor may have 2^31 numbers
         offsets = (v // inner * (K * inner) + v % inner)[:, None] + tl.arange(0, K)[None, :] * inner
         mask = (v < vectors)[:, None] & (tl.arange(0, K) < K)[None, :]
         x = tl.load(x_ptr + offsets, mask, other=0).to(tl.float32)
@@ -902,7 +905,8 @@ if triton is not None:
         tl.store(gx_ptr + offsets, gx, mask)
 
     @triton.jit
-    def _scale_kernel(acc_ptr, s_x_ptr, s_w_ptr, bias_ptr, y_ptr, n, C, g_ptr, gs_ptr, ROWS: tl.constexpr, COLS: tl.constexpr, BACKWARD: tl.constexpr):
+    def _scale_kernel(acc_ptr, s_x_ptr, s_w_ptr, bias_ptr, y_ptr, n, C, g_ptr, gs_ptr,
+                      ROWS: tl.constexpr, COLS: tl.constexpr, BACKWARD: tl.constexpr):
         """y = acc * (s_x s_w) + bias over n pixels of a sample. BACKWARD: y = g * (s_x s_w), and sums of g * acc a program."""
         sample, c = tl.program_id(1), tl.program_id(2) * COLS + tl.arange(0, COLS)
         pixel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -920,7 +924,8 @@ if triton is not None:
 
     @triton.jit
     def _int_kernel(x_ptr, w_ptr, y_ptr, s_x_ptr, s_w_ptr, bias_ptr, pixels, h, w, h_out, w_out, C, outs, kw, taps, stride, padding,
-                    PIXELS: tl.constexpr, OUTS: tl.constexpr, CHANNELS: tl.constexpr, WIDE_X: tl.constexpr, WIDE_W: tl.constexpr, SCALE: tl.constexpr):
+                    PIXELS: tl.constexpr, OUTS: tl.constexpr, CHANNELS: tl.constexpr,
+                    WIDE_X: tl.constexpr, WIDE_W: tl.constexpr, SCALE: tl.constexpr):
         """Integer x (B, h, w, C) and w (outs, taps, C) -> y (pixels, outs): int32 sums, or float32 sums * (s_x s_w) + bias.
 
         Each program sums PIXELS x OUTS outputs over all taps and channels; no patches are copied. Integer units take int8:
@@ -928,7 +933,7 @@ if triton is not None:
         """
         pixel, out = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS), tl.program_id(1) * OUTS + tl.arange(0, OUTS)
         b, i, j = pixel // (h_out * w_out), pixel // w_out % h_out * stride - padding, pixel % w_out * stride - padding
-        chunks = tl.cdiv(C, CHANNELS)
+        picture, chunks = x_ptr + b.to(tl.int64) * (h * w * C), tl.cdiv(C, CHANNELS)
         acc = tl.zeros((PIXELS, OUTS), tl.int32)
         if WIDE_X or WIDE_W:
             acc7 = tl.zeros((PIXELS, OUTS), tl.int32)
@@ -938,7 +943,7 @@ if triton is not None:
             tap, c = k // chunks, k % chunks * CHANNELS + tl.arange(0, CHANNELS)
             y, x = i + tap // kw, j + tap % kw
             inside = (pixel < pixels) & (y >= 0) & (y < h) & (x >= 0) & (x < w)
-            q_x = tl.load(x_ptr + (((b * h + y) * w + x) * C)[:, None] + c[None, :], inside[:, None] & (c < C)[None, :], other=0)
+            q_x = tl.load((picture + (y * w + x) * C)[:, None] + c[None, :], inside[:, None] & (c < C)[None, :], other=0)
             q_w = tl.load(w_ptr + ((out * taps + tap) * C)[None, :] + c[:, None], (out < outs)[None, :] & (c < C)[:, None], other=0)
             low_x, low_w = q_x, q_w
             if WIDE_X:
@@ -964,15 +969,9 @@ if triton is not None:
             tl.store(y_ptrs, acc, mask)
 
 
-def _dense(x):
-    """x in one of the two layouts that the kernels read, copied only where it has neither."""
-    return x if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
-
-
-def _like(g, x):
-    """g in the layout of x."""
-    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return g.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+def _dense(x, dim):
+    """x with its channels, dimension dim, side by side in memory; copied only where they are not."""
+    return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 and dim == 1 else torch.contiguous_format)
 
 
 def _walsh_gpu(x, dim, block, scale, dtype, ROWS=128):
@@ -994,8 +993,8 @@ class _QuantizeGPU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, s, z, low, high, block, dtype):
-        x, width = _dense(x), max(block, 32)
+    def forward(ctx, x, s, z, low, high, dim, block, dtype):
+        x, ctx.dim, width = _dense(x, dim), dim, max(block, 32)
         ctx.save_for_backward(x, s, z)
         ctx.args = (x.numel() // max(1, len(x)), low, high, width, 4096 // width, block**-0.5)
         q = torch.empty_like(x, dtype=dtype)
@@ -1009,16 +1008,16 @@ class _QuantizeGPU(torch.autograd.Function):
         tiles = triton.cdiv(ctx.args[0], 4096)
         gx, gs, gz = torch.empty_like(x), s.new_empty(len(x), tiles), s.new_empty(len(x), tiles)
         if x.numel():
-            _quantize_backward_kernel[(tiles, len(x))](_like(g, x), x, s, z, gx, gs, gz, *ctx.args)
-        return gx, gs.sum(1), gz.sum(1), None, None, None, None
+            _quantize_backward_kernel[(tiles, len(x))](_dense(g, ctx.dim), x, s, z, gx, gs, gz, *ctx.args)
+        return gx, gs.sum(1), gz.sum(1), None, None, None, None, None
 
 
 class _ScaleGPU(torch.autograd.Function):
-    """bias + acc * (s_x s_w): acc (B, C, h, w) channels_last or (B, .., C); s_x (B,), s_w (C,), bias (C,), not trained."""
+    """bias + acc * (s_x s_w), acc (B, .., C, ..) with its channels at dim; s_x (B,), s_w (C,), bias (C,), which is not trained."""
 
     @staticmethod
-    def forward(ctx, acc, s_x, s_w, bias):
-        acc = acc.contiguous(memory_format=torch.channels_last) if acc.ndim == 4 else acc.contiguous()
+    def forward(ctx, acc, s_x, s_w, bias, dim):
+        acc, ctx.dim = _dense(acc, dim), dim
         ctx.save_for_backward(acc, s_x, s_w)
         return _scale_gpu(acc, s_x, s_w, bias, torch.empty_like(acc))
 
@@ -1027,9 +1026,9 @@ class _ScaleGPU(torch.autograd.Function):
         acc, s_x, s_w = ctx.saved_tensors
         C, out = len(s_w), torch.empty_like(acc)
         sums = s_x.new_empty(len(acc), triton.cdiv(acc.numel() // max(1, len(acc) * C), 64), C)
-        _scale_gpu(acc, s_x, s_w, s_w, out, _like(g, acc), sums)
+        _scale_gpu(acc, s_x, s_w, s_w, out, _dense(g, ctx.dim), sums)
         sums = sums.sum(1)                                       # (B, C): sums of g * acc over a sample's pixels
-        return out, (sums * s_w).sum(1), (sums * s_x[:, None]).sum(0), None
+        return out, (sums * s_w).sum(1), (sums * s_x[:, None]).sum(0), None, None
 
 
 def _scale_gpu(acc, s_x, s_w, bias, y, g=None, sums=None):
@@ -1037,17 +1036,18 @@ def _scale_gpu(acc, s_x, s_w, bias, y, g=None, sums=None):
     if acc.numel():                                              # no fused multiply-add: _int_kernel must round as this does
         cols = min(64, triton.next_power_of_2(C))
         _scale_kernel[(triton.cdiv(n, 64), len(acc), triton.cdiv(C, cols))](
-            acc, s_x, s_w, bias, y, n, C, acc if g is None else g, y if sums is None else sums, 64, cols, g is not None, enable_fp_fusion=False)
+            acc, s_x, s_w, bias, y, n, C, acc if g is None else g, y if sums is None else sums, 64, cols, g is not None,
+            enable_fp_fusion=False)
     return y
 
 
-def _int_gpu(x, w, kh=1, kw=1, stride=1, padding=0, scales=None):
-    """Integer x (B, C, h, w) or (m, C) and weights (outs, kh kw C), int8 or int16 each -> (pixels, outs) int32.
+def _int_gpu(x, w, kh, kw, stride, padding, scales=None):
+    """Integer x (B, C, h, w) and weights (outs, kh kw C), int8 or int16 each -> (pixels, outs) int32.
 
     scales (s_x, s_w, bias): float32 instead, and scaled as _ScaleGPU does it, to the last bit.
     """
-    x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x.contiguous()
-    B, C, h, w_in = x.shape if x.ndim == 4 else (*x.shape, 1, 1)
+    x = _dense(x, 1)
+    B, C, h, w_in = x.shape
     h_out, w_out = ((size + 2 * padding - k) // stride + 1 for size, k in ((h, kh), (w_in, kw)))
     pixels, outs, wide = B * h_out * w_out, len(w), [t.dtype == torch.int16 for t in (x, w)]
     y = torch.empty(pixels, outs, dtype=torch.float32 if scales else torch.int32, device=x.device)

@@ -98,7 +98,7 @@ def hadamard(device, quick):
 
                 def there_and_back():                                    # as the layer does it: the scale waits for the accumulator
                     if hqdm.fast_gpu(x):
-                        return hqdm.hadamard(hqdm._QuantizeGPU.apply(x, s, z, *hqdm.grid(3, True), 32, dtype))
+                        return hqdm.hadamard(hqdm._QuantizeGPU.apply(x, s, z, *hqdm.grid(3, True), 1, 32, dtype))
                     return hqdm.hadamard(hqdm.quantize(hqdm.hadamard(x), s.to(dtype).view(-1, 1, 1, 1), 0, 3, symmetric=True))
 
                 runs = {"copy": lambda: out.copy_(x), "ours": lambda: hqdm.hadamard(x), "recursion": lambda: recursion(x),

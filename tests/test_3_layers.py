@@ -190,6 +190,23 @@ def test_autocast_does_not_reach_the_integers():
         assert torch.equal(new(x), y)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rotation", hqdm.ROTATIONS)
+def test_memory_formats_change_nothing(rotation, device):
+    """However the numbers lie in memory: NCHW and channels_last images, four-dimensional tokens and their transposes."""
+    conv, x, _ = layer("conv", rotation, device=device)
+    last = x.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(conv.quantize_input(x)[0], conv.quantize_input(last)[0]) and torch.equal(conv(x), conv(last))
+    linear, _, _ = layer("linear", rotation, device=device)
+    tokens = torch.randn(4, 3, 5, 64, device=device)
+    y = linear(tokens.flatten(1, 2)).view(4, 3, 5, 16)
+    for same in (tokens, tokens.contiguous(memory_format=torch.channels_last), tokens.transpose(1, 2).contiguous().transpose(1, 2)):
+        assert_close(linear(same), y, rtol=1e-6, atol=1e-6)
+        linear.integer = True
+        assert_close(linear(same), y, rtol=1e-6, atol=1e-6)
+        linear.integer = False
+
+
 @pytest.mark.filterwarnings("ignore:.*lru_cache")
 def test_a_layer_compiles_in_one_piece(monkeypatch):
     """torch.compile finds no break in a layer, and computes the same."""
