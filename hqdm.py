@@ -557,8 +557,11 @@ class HQLayer(nn.Module):
         A doubt: on a GPU without TF32, cuDNN may take a Winograd kernel, which multiplies by fractions and is not exact.
         experiments/exact.py counts what differs.
         """
-        y = self.multiply(q_x, q_w)
-        if not self.on_grid or (self.bound < 2**24 and self.operand_max <= 2**11):
+        exact = not self.on_grid or (self.bound < 2**24 and self.operand_max <= 2**11)
+        graded = torch.is_grad_enabled() and (q_x.requires_grad or q_w.requires_grad)
+        if exact or graded:
+            y = self.multiply(q_x, q_w)              # where it is not exact, it is there for its gradient
+        if exact:
             return y
         with torch.no_grad():
             m = min(11, int(math.log2(2**24 / (self.taps * self.q_x_max))))
@@ -568,7 +571,7 @@ class HQLayer(nn.Module):
                 digit = rest & (2**m - 1) if i + 1 < digits else rest            # low digits 0 .. 2^m - 1, last one signed
                 acc = acc + (self.multiply(q_x, digit.float()).round().to(torch.int32) << (m * i))
                 rest = rest >> m
-        return y + (acc.float() - y).detach()                    # the value of acc, rounded once; the gradient of y
+        return y + (acc.float() - y).detach() if graded else acc.float()     # the value of acc, rounded once; the gradient of y
 
     def integer_accumulator(self, q_x, view=None, route="int8", scales=None):
         """The same sums by integer arithmetic alone, int32. q_x: as quantize_input gives it. view: "A" or "B".

@@ -96,11 +96,12 @@ class UNet(nn.Module):
     """eps_theta(x_t, t, y): the noise in an image, DDPM's UNet at a quarter of its size (9 M parameters).
 
     x (B, 3, size, size) float, t (B,) int, y (B,) int or None -> (B, 3, size, size).
-    Every inner width is a multiple of 32, the default Hadamard block.
+    Every inner width is a multiple of 32, the default Hadamard block. So small a network is better off without dropout
+    (experiments/options.json), other than DDPM's of four times the size.
     Raises ValueError where a width is not a multiple of 32.
     """
 
-    def __init__(self, channels=64, mults=(1, 2, 2, 2), blocks=2, attention=(16,), classes=10, dropout=0.1, size=32):
+    def __init__(self, channels=64, mults=(1, 2, 2, 2), blocks=2, attention=(16,), classes=10, dropout=0.0, size=32):
         super().__init__()
         if channels % GROUPS:
             raise ValueError(f"channels = {channels} is not a multiple of {GROUPS}, the number of GroupNorm groups")

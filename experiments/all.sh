@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Everything behind the README's numbers, in stages; each can be run alone, from the repository's root:
 #
-#   bash experiments/all.sh judge teacher quantized scores curve pictures
+#   bash experiments/all.sh judge options teacher quantized scores curve pictures
 #
 # judge       experiments/judge.py -> checkpoints/judge.pt, experiments/judge.json (needs CIFAR-10 in data/)
+# options     seven short teachers that differ in one setting each -> experiments/options.json (needs CIFAR-10 in data/)
 # teacher     train.py -> checkpoints/teacher.pt, experiments/teacher.json (needs CIFAR-10 in data/)
 # quantized   train.py --wbits .. -> runs/NAME, two of them bundled; experiments/NAME.json
 # scores      sample.py --score, exact.py, table.py (needs what quantized made)
@@ -23,10 +24,17 @@ judge() {
     cp runs/judge/model.json experiments/judge.json
 }
 
+options() {
+    $PYTHON experiments/options.py --data data
+}
+
 teacher() {
-    $PYTHON train.py --data data --out runs/teacher
+    # 41 M images. Where an earlier call was cut off, this one goes on.
+    $PYTHON train.py --data data --steps 80000 --score-every 8000 --out runs/teacher $([ -e runs/teacher/last.pt ] && echo --resume)
     cp runs/teacher/model.pt checkpoints/teacher.pt
     cp runs/teacher/metrics.json experiments/teacher.json
+    cp runs/teacher/curve.json experiments/teacher-curve.json
+    cp runs/teacher/curve.png experiments/teacher-curve.png
 }
 
 quantized() {
@@ -40,6 +48,7 @@ quantized() {
 scores() {
     $PYTHON sample.py checkpoints/teacher.pt checkpoints/w4a3-none.pt runs/w4a3-double/model.pt checkpoints/w4a3-single.pt \
         runs/w4a4-single/model.pt --score -n 5000 --out experiments/scores.png
+    $PYTHON sample.py checkpoints/teacher.pt --steps 200 --score -n 5000 --out experiments/scores-200.png
     $PYTHON experiments/exact.py checkpoints/w4a3-none.pt checkpoints/w4a3-single.pt runs/w4a3-double/model.pt -n 16 --device cpu --out experiments/exact-cpu.json
     $PYTHON experiments/table.py --write
 }
@@ -64,11 +73,11 @@ pictures() {
         --out experiments/pictures.png
 }
 
-[ $# -gt 0 ] || { sed -n '2,14p' "$0"; exit 2; }
+[ $# -gt 0 ] || { sed -n '2,15p' "$0"; exit 2; }
 for stage in "$@"; do
     case $stage in
         pictures) ;;
-        judge|teacher|quantized|scores|curve)
+        judge|options|teacher|quantized|scores|curve)
             $PYTHON -c 'import torch; exit(not torch.cuda.is_available())' || { echo "error: stage $stage needs a GPU" >&2; exit 2; } ;;
         *) echo "error: no stage $stage" >&2; exit 2 ;;
     esac
