@@ -181,7 +181,10 @@ def spread(model):
 
 def compiled(net, device, steps):
     """net, compiled where that pays back its minute: in a long run, on a GPU, where torch's compiler serves it."""
-    return torch.compile(net) if steps >= 2000 and hqdm.fast_gpu(torch.empty(0, device=device)) else net
+    if steps < 2000 or not hqdm.fast_gpu(torch.empty(0, device=device)):
+        return net
+    print("compiling: the first step takes a minute or two", flush=True)
+    return torch.compile(net)
 
 
 def mean_over_processes(value):
