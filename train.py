@@ -553,7 +553,9 @@ def restore(state, out, parts):
 def finish(args, device, out, losses, seconds, models, more):
     """metrics.json, loss.png, samples.png."""
     save_grids(out / "samples.png", {name: draw(model, 16, args.ddim_steps, seed=args.seed)[0] for name, model in models.items()})
-    metrics = {**provenance(args, device, seconds), "processes": world()[1], **more, "losses": losses}
+    each = math.ceil(len(losses) / 10_000)          # a long run's losses are kept as means of so many updates: 80,000 would be 2 MB
+    kept = losses if each == 1 else [round(float(np.mean(losses[i:i + each])), 6) for i in range(0, len(losses), each)]
+    metrics = {**provenance(args, device, seconds), "processes": world()[1], **more, "updates_per_loss": each, "losses": kept}
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     import matplotlib
     matplotlib.use("Agg")
