@@ -37,20 +37,23 @@ def time_embedding(t, width):
     return torch.cat([angles.sin(), angles.cos()], dim=1)                # (B, width)
 
 
+def group_norm(x, groups, weight, bias, eps):
+    """F.group_norm of (B, C, h, w), for channels_last: mean and variance of a group come from those of its channels."""
+    var_c, mean_c = torch.var_mean(x.float(), dim=(2, 3), correction=0)                  # (B, C)
+    var_c, mean_c = (rearrange(v, "B (G c) -> B G c", G=groups) for v in (var_c, mean_c))
+    mean = mean_c.mean(dim=2, keepdim=True)                                              # (B, G, 1)
+    var = (var_c + (mean_c - mean) ** 2).mean(dim=2, keepdim=True)                       # within channels and between them
+    scale = rearrange((var + eps).rsqrt().expand_as(var_c), "B G c -> B (G c)") * weight
+    shift = bias - rearrange(mean.expand_as(var_c), "B G c -> B (G c)") * scale
+    return torch.addcmul(rearrange(shift, "B C -> B C 1 1"), x, rearrange(scale, "B C -> B C 1 1"))
+
+
 class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm, (B, C, h, w) -> the same. CUDA's own kernel reads NCHW alone, and our networks are channels_last: with
-    it a quarter of a forward pass went into copies. On a GPU the mean and variance of a group come from its channels'."""
+    """nn.GroupNorm. CUDA's own kernel reads NCHW alone, and our networks are channels_last: with it a quarter of a forward
+    pass went into copies."""
 
     def forward(self, x):
-        if not x.is_cuda:
-            return super().forward(x)
-        var_c, mean_c = torch.var_mean(x.float(), dim=(2, 3), correction=0)              # (B, C)
-        var_c, mean_c = (rearrange(v, "B (G c) -> B G c", G=self.num_groups) for v in (var_c, mean_c))
-        mean = mean_c.mean(dim=2, keepdim=True)                                          # (B, G, 1)
-        var = (var_c + (mean_c - mean) ** 2).mean(dim=2, keepdim=True)                   # within channels and between them
-        scale = rearrange((var + self.eps).rsqrt().expand_as(var_c), "B G c -> B (G c)") * self.weight
-        shift = self.bias - rearrange(mean.expand_as(var_c), "B G c -> B (G c)") * scale
-        return torch.addcmul(rearrange(shift, "B C -> B C 1 1"), x, rearrange(scale, "B C -> B C 1 1"))
+        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps) if x.is_cuda else super().forward(x)
 
 
 class ResBlock(nn.Module):
