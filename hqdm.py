@@ -1,7 +1,8 @@
 """HQ-DM in one file: 4-bit weights and 4- or 3-bit activations for diffusion models, with one Hadamard transform.
 
 Mao et al., "HQ-DM: Single Hadamard Transformation-Based Quantization-Aware Training for Low-Bit Diffusion Models",
-arXiv 2512.05746. Needs torch, numpy and einops; knows nothing of our UNet but the names of its layers.
+arXiv 2512.05746. Needs torch and einops (Triton, where it is there, makes a GPU faster: section 6, which may be left unread); knows
+nothing of our UNet but the names of its layers.
 
 The trouble: a few activation channels are far larger than the rest (outliers). A 3-bit grid wide enough for them has no
 levels left for the others. The cure: spread each pixel's channel vector with a Hadamard transform H before rounding, and
