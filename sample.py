@@ -286,7 +286,10 @@ def pick_device(name=None):
     if name.split(":")[0] not in have:
         raise ValueError(f"--device {name} is not here; choose from {', '.join(have)}")
     try:
-        return torch.device(name)
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)            # Triton and CUDA graphs work on the current device
+        return device
     except RuntimeError:
         raise ValueError(f"--device {name} is no device; choose from {', '.join(have)}") from None
 
