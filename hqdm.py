@@ -155,7 +155,7 @@ def walsh(x, dim=1, block=32):
     """
     if x.is_floating_point():
         return _Transform.apply(x, dim, block, 1.0)
-    if fast_gpu(x, block):
+    if fast_gpu(x, block) and x.dtype in (torch.int8, torch.int16):          # wider integers do not fit the kernel's 22 bits
         return _walsh_gpu(x, dim, block, 1.0, torch.int32)
     check_block(x.shape[dim], block)                 # matmul takes no integers on a GPU: add and subtract instead
     parts = x.to(torch.int32).movedim(dim, -1).unflatten(-1, (-1, block))
@@ -488,7 +488,7 @@ class HQLayer(nn.Module):
         if not self.frozen:
             w = w + (self.lora_B @ self.lora_A.flatten(1)).view(self.shape)      # (C_out, r) x (r, C_in kh kw)
         if self.wbits == 32:
-            return w, 1.0
+            return w, w.new_ones(1, 1)
         s, w = self.log_s_w.exp(), w.flatten(1)
         if fast_gpu(w):                                          # the same kernel: rows are its samples, and nothing is rotated
             q = _QuantizeGPU.apply(w, s.flatten(), self.z_w.flatten(), *grid(self.wbits, False), 1, 1, torch.float32)
@@ -542,7 +542,7 @@ class HQLayer(nn.Module):
                 return self.integer_accumulator(q_x, scales=scales)
             return _ScaleGPU.apply(self.accumulator(q_x, q_w), *scales, self.dim)
         acc = self.integer_accumulator(q_x).float() if self.integer else self.accumulator(q_x, q_w)
-        s = s_x * (s_w if isinstance(s_w, float) else s_w.view(self.per_channel))
+        s = s_x * s_w.view(self.per_channel)
         return acc * s if self.bias is None else torch.addcmul(self.bias.view(self.per_channel), acc, s)
 
     @staticmethod

@@ -146,6 +146,7 @@ def recorded(f, device):
         graph.replay()
         return tuple(v.clone() for v in result) if isinstance(result, tuple) else result.clone()
 
+    call.classes = getattr(f, "classes", None)       # ddim asks a network for it
     return call
 
 
@@ -160,7 +161,7 @@ def draw(model, n, steps=50, label=None, guidance=1.0, seed=0, batch=500, progre
     pictures, net = [], recorded(model, device)
     for x, y in zip(noise.split(batch), labels.split(batch)):
         x = x.to(device, memory_format=torch.channels_last)
-        for i, (_, _, _, x_0) in enumerate(ddim(net, x, y.to(device), steps, guidance, none=model.classes), start=1):
+        for i, (_, _, _, x_0) in enumerate(ddim(net, x, y.to(device), steps, guidance), start=1):
             if progress:
                 progress(sum(map(len, pictures)) + len(x) * i / steps)
         if not x_0.isfinite().all():

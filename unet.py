@@ -224,11 +224,10 @@ def ddim_timesteps(steps):
 
 
 @torch.no_grad()
-def ddim(model, x, y=None, steps=50, guidance=1.0, eta=0.0, generator=None, none=None):
+def ddim(model, x, y=None, steps=50, guidance=1.0, eta=0.0, generator=None):
     """Draw images, one step at a time: a generator that yields (t, x_t, eps, x_0~) at every step, DDIM eq. 12.
 
-    model(x, t, y) -> eps; x (B, 3, h, w) is standard normal noise; y (B,) labels or None. none: the label that means
-    "none", model.classes where model is a UNet.
+    model(x, t, y) -> eps; x (B, 3, h, w) is standard normal noise; y (B,) labels or None.
     guidance: 1 plain, above 1 eps_none + guidance (eps_y - eps_none), which costs two evaluations a step.
     eta: 0 is deterministic DDIM, 1 adds DDPM's noise back (DDIM eq. 16), taken from `generator` (on x's device).
     t is yielded as a Python integer. The x_0~ of the last yield is the picture, in [-1, 1]:
@@ -237,17 +236,16 @@ def ddim(model, x, y=None, steps=50, guidance=1.0, eta=0.0, generator=None, none
     """
     times = ddim_timesteps(steps).tolist()
     abar = alpha_bars().tolist()                     # Python floats: nothing to move to the device, nothing to wait for
-    none = model.classes if none is None and (y is None or guidance != 1.0) else none
     if y is None:
-        y = torch.full((len(x),), none, device=x.device)
+        y = torch.full((len(x),), model.classes, device=x.device)
     for t, s in zip(times, times[1:] + [None]):
         tt = torch.full((len(x),), t, device=x.device)
         if guidance == 1.0:
             eps = model(x, tt, y)
         else:
             # Two evaluations of batch B rather than one of 2B: the same sums for every batch size.
-            eps = model(x, tt, torch.full_like(y, none))
-            eps = eps + guidance * (model(x, tt, y) - eps)
+            none = model(x, tt, torch.full_like(y, model.classes))
+            eps = none + guidance * (model(x, tt, y) - none)
         a_t, a_s = abar[t], 1.0 if s is None else abar[s]
         # Real pixels lie in [-1, 1]; without the clamp early errors at t near T are blown up by 1/sqrt(abar) = 157.
         x_0 = ((x - math.sqrt(1 - a_t) * eps) / math.sqrt(a_t)).clamp(-1, 1)

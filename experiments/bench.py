@@ -105,6 +105,8 @@ def hadamard(device, quick):
                         "dense C x C": lambda: torch.einsum("oc,bchw->bohw", matrix, x), "ours, quantize, ours": there_and_back}
                 missing = []
                 try:
+                    if device.type != "cuda":
+                        raise ImportError("a CUDA extension")
                     from fast_hadamard_transform import hadamard_transform
                     last = x.movedim(1, -1).contiguous().unflatten(-1, (-1, 32))
                     runs["fast-hadamard-transform (channels last)"] = lambda: hadamard_transform(last, 32**-0.5)
@@ -134,7 +136,7 @@ def growth(device, quick):
         with torch.no_grad(), hqdm.full_float32(device):
             torch.testing.assert_close(fast(), hqdm.fwht(x), rtol=1e-4, atol=1e-4)
             times = compare({"naive, n^2": lambda: x @ matrix / n**0.5, "recursive, n log n": lambda: hqdm.fwht(x), "matrix blocks up to 64": fast}, device, 0.1 if quick else 0.03)
-        rows += [{"what": name, "n": n, **t} for name, t in times.items()]
+        rows += [{"what": name, "length": n, **t} for name, t in times.items()]        # n of t: how often it was timed
     return rows, {}
 
 
@@ -361,12 +363,12 @@ def table(rows):
 
 
 def chart(report, path):
-    """Bars of three parts of the first layout, for every device in the report."""
+    """Bars of three parts (the transform in its first layout) and the growth of the transform, for every device in the report."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     devices = list(report)
-    fig, axes = plt.subplots(len(devices), 3, figsize=(13, 2.6 * len(devices)), layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(len(devices), 4, figsize=(16, 2.6 * len(devices)), layout="constrained", squeeze=False)
     for row, name in zip(axes, devices):
         parts = report[name]["parts"]
         first = [r for r in parts.get("hadamard", []) if r["dtype"] == "float32" and r["layout"] == "channels_last" and r.get("of_copy")]
@@ -379,6 +381,12 @@ def chart(report, path):
             ax.barh([k for k, _ in pairs][::-1], [v for _, v in pairs][::-1], color="C0")
             ax.set_title(f"{name}: {title}", fontsize=9)
             ax.tick_params(labelsize=7)
+        lines = parts.get("growth", [])
+        for what in dict.fromkeys(r["what"] for r in lines):
+            row[3].loglog(*zip(*[(r["length"], r["ms"]) for r in lines if r["what"] == what]), "o-", markersize=3, label=what)
+        row[3].set_title(f"{name}: ms of the transform against n", fontsize=9)
+        row[3].tick_params(labelsize=7)
+        row[3].legend(fontsize=7)
     fig.savefig(path, dpi=110)
 
 

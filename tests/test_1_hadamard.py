@@ -73,6 +73,13 @@ def test_walsh_keeps_integers(dtype, device):
     assert torch.equal(hqdm.walsh(q.to(device, dtype), 1, 32).cpu().long(), oracle)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_walsh_of_large_integers(device):
+    """int32 keeps all its bits: sums up to 2^31 are exact, where float32 would end at 2^24."""
+    q = torch.randint(-2**25, 2**25, (3, 32), dtype=torch.int32)
+    assert torch.equal(hqdm.walsh(q.to(device), -1, 32).cpu().long(), q.long() @ (dense(32) * math.sqrt(32)).round().long())
+
+
 def test_single_numbers():
     """H of one outlier spreads it evenly: [32, 0, 0, ..] -> 32 / sqrt(32) everywhere."""
     x = torch.zeros(32)
