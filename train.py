@@ -315,13 +315,19 @@ def stop_politely():
 
 # ---------------------------------------------------------------- the float teacher
 
-def make_ema(model, steps):
-    """A moving average of the weights that looks back over an eighth of the run, whatever its length: 0.9999 at 80,000 steps."""
-    return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(max(0.5, 1 - 8 / steps)))
+@torch.no_grad()
+def update_ema(ema, model, step):
+    """Move the average of the weights towards the model's, after step 0, 1, ..: it looks back over a tenth of the run so far.
+
+    Its decay grows like this to 0.9999. At 0.9999 from the start, a third of it would still be untrained weights after
+    10,000 steps, and what it draws noise. The decay is a function of the step: resuming needs no counter, and the host
+    need not wait for the GPU (torch's AveragedModel asks at each step whether it is the first).
+    """
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), max(1e-4, 9 / (10 + step)))
 
 
 def teacher_updates(model, ema, optimizer, images, labels, steps, batch, seed, first=0, shape="cosine", loss=ddpm_loss):
-    """Train `model` in place: a generator that yields (loss, gradient norm) after each of the steps first .. steps-1.
+    """Train `model` and its average `ema` in place: a generator of (loss, gradient norm) after each of the steps first .. steps-1.
 
     images uint8 (N, 3, 32, 32), labels (N,), both on the model's device. shape: of the decay. loss: as ddpm_loss.
     """
@@ -339,7 +345,7 @@ def teacher_updates(model, ema, optimizer, images, labels, steps, batch, seed, f
         x_0 = images[pick].float() / 127.5 - 1
         x_0 = torch.where(torch.rand(batch, 1, 1, 1, device=device) < 0.5, x_0, x_0.flip(3))      # mirror half of them
         result = update(decay(step, steps, min(500, steps // 10), shape), x_0.contiguous(memory_format=torch.channels_last), labels[pick])
-        ema.update_parameters(model)
+        update_ema(ema, model, step)
         yield result
 
 
@@ -378,7 +384,7 @@ def train_teacher(args, device, out):
     state = read_state(args, out)
     torch.manual_seed(args.seed)
     model = UNet().to(device, memory_format=torch.channels_last)
-    ema = make_ema(model, args.steps)
+    ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = adamw([{"params": list(model.parameters()), "base_lr": args.lr}], device)
     print(f"float teacher: {sum(p.numel() for p in model.parameters()):,} parameters, {len(images):,} images", flush=True)
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
@@ -386,13 +392,13 @@ def train_teacher(args, device, out):
     began = time.time() - spent
     updates = teacher_updates(model, ema, optimizer, images, labels, args.steps, args.batch, args.seed, len(losses))
     if args.score_every and world()[0] == 0:
-        updates = scored(updates, ema.module, len(losses), args, out)
+        updates = scored(updates, ema, len(losses), args, out)
     run_updates(updates, losses, args.steps, args.batch, lambda: store(args, out, parts, losses, time.time() - began))
     seconds = time.time() - began
     if world()[0] > 0:
         return
 
-    final = ema.module.eval()
+    final = ema.eval()
     save_checkpoint(out / "model.pt", kind="float", unet=final.config,
                     model={k: v.half().cpu() if v.is_floating_point() else v.cpu() for k, v in final.state_dict().items()})
     finish(args, device, out, losses, seconds, {"float": load_model(out / "model.pt", device)},

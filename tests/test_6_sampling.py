@@ -251,12 +251,12 @@ def test_to_uint8():
 # ---------------------------------------------------------------- the bundled files
 
 def test_the_judge_knows_real_images():
-    """On 400 of the bundled training images: nearly all right, C-IS near 10, C-FID far below that of noise."""
+    """On 200 of the bundled training images: nearly all right, C-IS near 10, C-FID far below that of noise."""
     import train
-    images, labels = (part[:400] for part in train.load_bundled())
+    images, labels = (part[:200] for part in train.load_bundled())
     judge = sample.load_judge()
     real = sample.score(images, labels, judge)
-    noise = sample.score(torch.randint(0, 256, (200, 3, 32, 32), dtype=torch.uint8), labels[:200], judge)
+    noise = sample.score(torch.randint(0, 256, (100, 3, 32, 32), dtype=torch.uint8), labels[:100], judge)
     assert real["accuracy"] > 0.95 and real["c_is"] > 9 and noise["accuracy"] < 0.2 and noise["c_fid"] > 10 * real["c_fid"]
     assert sum(p.numel() for p in judge.parameters()) <= 2_500_000
     assert sample.read_checkpoint(ROOT / "checkpoints/judge.pt")["test_accuracy"] >= 0.94
