@@ -96,9 +96,9 @@ def hadamard(device, quick):
                 out, matrix = torch.empty_like(x), dense.to(dtype)
                 s, z = torch.full((shape[0],), 0.5, device=device), torch.zeros(shape[0], device=device)
 
-                def there_and_back():                                    # as the layer does it: the scale waits for the accumulator
+                def there_and_back():                                    # the integers in between are int8, as in view A
                     if hqdm.fast_gpu(x):
-                        return hqdm.hadamard(hqdm._QuantizeGPU.apply(x, s, z, *hqdm.grid(3, True), 1, 32, dtype))
+                        return hqdm._walsh_gpu(hqdm._QuantizeGPU.apply(x, s, z, *hqdm.grid(3, True), 1, 32, torch.int8), 1, 32, 32**-0.5, dtype)
                     return hqdm.hadamard(hqdm.quantize(hqdm.hadamard(x), s.to(dtype).view(-1, 1, 1, 1), 0, 3, symmetric=True))
 
                 runs = {"copy": lambda: out.copy_(x), "ours": lambda: hqdm.hadamard(x), "recursion": lambda: recursion(x),
@@ -253,7 +253,7 @@ def training(device, quick):
         model = UNet().to(device, memory_format=torch.channels_last)
         parameters["ours"] = parameters[f"ours, batch {2 * batch}"] = sum(p.numel() for p in model.parameters())
         optimizer = train.adamw([{"params": list(model.parameters()), "base_lr": 1e-6}], device)
-        steps = train.teacher_updates(model, train.make_ema(model, 10**5), optimizer, images, labels, 10**9, batch, seed=0)
+        steps = train.teacher_updates(model, copy.deepcopy(model), optimizer, images, labels, 10**9, batch, seed=0)
         return lambda: next(steps)
 
     def other(net, call):
@@ -363,12 +363,12 @@ def table(rows):
 
 
 def chart(report, path):
-    """Bars of three parts (the transform in its first layout) and the growth of the transform, for every device in the report."""
+    """Bars of four parts (the transform in its first layout) and the growth of the transform, for every device in the report."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     devices = list(report)
-    fig, axes = plt.subplots(len(devices), 4, figsize=(16, 2.6 * len(devices)), layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(len(devices), 5, figsize=(20, 2.6 * len(devices)), layout="constrained", squeeze=False)
     for row, name in zip(axes, devices):
         parts = report[name]["parts"]
         first = [r for r in parts.get("hadamard", []) if r["dtype"] == "float32" and r["layout"] == "channels_last" and r.get("of_copy")]
@@ -376,17 +376,18 @@ def chart(report, path):
         batches = parts.get("update", [])
         bars = [("share of a copy's speed", [(r["what"], r["of_copy"]) for r in first]),
                 ("one update, ratio to float", [(f"{r['what']}, {r['batch']}", r["of_float"]) for r in batches]),
-                ("pictures a second, 50 steps", [(r["what"], r["images_per_s_50"]) for r in parts.get("sampling", [])])]
+                ("pictures a second, 50 steps", [(r["what"], r["images_per_s_50"]) for r in parts.get("sampling", [])]),
+                ("float training, images a second", [(r["what"], r["images_per_s"]) for r in parts.get("training", []) if r["images_per_s"]])]
         for ax, (title, pairs) in zip(row, bars):
             ax.barh([k for k, _ in pairs][::-1], [v for _, v in pairs][::-1], color="C0")
             ax.set_title(f"{name}: {title}", fontsize=9)
             ax.tick_params(labelsize=7)
         lines = parts.get("growth", [])
         for what in dict.fromkeys(r["what"] for r in lines):
-            row[3].loglog(*zip(*[(r["length"], r["ms"]) for r in lines if r["what"] == what]), "o-", markersize=3, label=what)
-        row[3].set_title(f"{name}: ms of the transform against n", fontsize=9)
-        row[3].tick_params(labelsize=7)
-        row[3].legend(fontsize=7)
+            row[4].loglog(*zip(*[(r["length"], r["ms"]) for r in lines if r["what"] == what]), "o-", markersize=3, label=what)
+        row[4].set_title(f"{name}: ms of the transform against n", fontsize=9)
+        row[4].tick_params(labelsize=7)
+        row[4].legend(fontsize=7)
     fig.savefig(path, dpi=110)
 
 
