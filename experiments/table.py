@@ -4,7 +4,7 @@
     python experiments/table.py --write    # put them into README.md, each between its two markers
 
 scores.json is what sample.py --score wrote, NAME.json the metrics.json of the run that made each checkpoint,
-exact-cpu.json what exact.py counted, bench.json what bench.py measured.
+exact-cpu.json and exact-cuda.json what exact.py counted, bench.json what bench.py measured.
 """
 import json
 import sys
@@ -44,13 +44,16 @@ def results():
 
 
 def exact():
-    """Markdown: integer against fake-quantized arithmetic, from exact-cpu.json."""
-    report = read("exact-cpu.json")
-    rows = report["checkpoints"].values()
-    sums, pictures = sum(r["sums"] for r in rows), sum(2 * r["pictures"] for r in rows)
-    bad = sum(r["sums_that_differ"] for r in rows), sum(r["pictures_that_differ_A"] + r["pictures_that_differ_B"] for r in rows)
-    return (f"{', '.join(map(name_of, report['checkpoints']))} on a CPU: {bad[0]} of {sums:,} comparisons of a sum differ (fake against view A, view B and "
-            f"int64), and {bad[1]} of {pictures} of a picture (views A and B, which are two computations for single alone).\n")
+    """Markdown: integer against fake-quantized arithmetic, from exact-cpu.json and, where there is one, exact-cuda.json."""
+    parts = []
+    for report in (read(path.name) for path in sorted(HERE.glob("exact-*.json"))):
+        rows = report["checkpoints"].values()
+        sums, pictures = sum(r["sums"] for r in rows), sum(2 * r["pictures"] for r in rows)
+        bad = sum(r["sums_that_differ"] for r in rows), sum(r["pictures_that_differ_A"] + r["pictures_that_differ_B"] for r in rows)
+        cpu = report["hardware"].startswith("cpu")
+        parts.append(f"{', '.join(map(name_of, report['checkpoints']))} on {'a CPU' if cpu else 'an ' + report['hardware']}: {bad[0]} of {sums:,} "
+                     f"comparisons of a sum differ (fake against view A, view B{' and int64' * cpu}), and {bad[1]} of {pictures} of a picture")
+    return "; ".join(parts) + ". Views A and B are two computations for single alone.\n"
 
 
 def speed():
