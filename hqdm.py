@@ -182,7 +182,7 @@ def hadamard(x, dim=1, block=32):
     """H x: orthonormal and block-diagonal along `dim`; its own inverse and its own gradient. Same shape as x.
 
     A (block x block) matrix product: at k = 32 faster than the recursion, which passes over memory log2 k times; on a GPU
-    one kernel at nearly the speed of a copy (section 6). Equals fwht on each block. Raises ValueError where the block does
+    one kernel, in float32 at nearly the speed of a copy (section 6). Equals fwht on each block. Raises ValueError where the block does
     not divide the width.
     """
     return _Transform.apply(x, dim, block, block**-0.5)
@@ -274,14 +274,21 @@ class IntOperand(NamedTuple):
     shape: torch.Size                                # of the weights: (C_out, C_in, kh, kw) or (C_out, C_in)
 
 
-def int_operand(q_w, x_max=127):
+def _largest(x):
+    """The largest |x|. Not by abs: int16 has no 32768."""
+    return max(-int(x.min()), int(x.max())) if x.numel() else 0
+
+
+def int_operand(q_w, x_max=127, w_max=None):
     """Integer weights (C_out, C_in, kh, kw) or (C_out, C_in) -> IntOperand, for activations up to x_max.
+
+    w_max: the largest |q_w| possible; None looks, which makes the host wait for a GPU.
 
     CPUs without VNNI instructions add products in pairs as int16, activations shifted by 128: two of them must not pass
     32767. That leaves weights 64 (x_max = 127) to 125 (x_max = 3); larger ones get two digits or more.
     """
     rows = rearrange(q_w, "O C kh kw -> O (kh kw C)") if q_w.ndim == 4 else q_w          # channels last: long runs to copy
-    w_max = int(rows.abs().max())
+    w_max = _largest(rows) if w_max is None else w_max
     if fast_gpu(q_w) and max(w_max, x_max) < 2**14:
         return IntOperand(rows.to(torch.int8 if w_max <= 127 else torch.int16).contiguous(), None, q_w.shape)
     limit = 32767 // (2 * (128 + min(x_max, 127)))
@@ -326,7 +333,7 @@ def _int_product(x, q_w, route, x_max, kh, kw, stride, padding, scales):
         return (int_columns(x, kh, kw, stride, padding).long() @ rows.long().T).to(torch.int32)
     if x.device.type not in ("cpu", "cuda"):
         raise ValueError(f"integer layers run on cpu and cuda, not on {x.device.type}; use --device cpu")
-    x_max = int(x.abs().max()) if x_max is None else x_max
+    x_max = _largest(x) if x_max is None else x_max
     w = q_w if isinstance(q_w, IntOperand) else int_operand(q_w, x_max)
     if w.shifts is None:
         return _int_gpu(x.to(torch.int8 if x_max <= 127 else torch.int16), w.rows, kh, kw, stride, padding, scales)
@@ -458,11 +465,11 @@ class HQLayer(nn.Module):
 
     def at_step(self, values, x):
         """values (S,) -> (B,): the one of each sample's step. RuntimeError where there are many and the clock is not set."""
-        if self.clock.step is not None:
-            return self.clock.one_hot @ values       # values[step], exactly; its gradient is a product too, not a sort
-        if len(values) > 1:
+        if self.clock.step is None and len(values) > 1:
             raise RuntimeError("which DDIM step is this? call the layer through its UNet, or clock.set(t) first")
-        return values.expand(len(x))
+        if self.clock.step is not None:
+            values = self.clock.one_hot @ values     # values[step], exactly; its gradient is a product too, not a sort
+        return values.expand(len(x)).contiguous()    # the kernels of section 6 read one number a sample
 
     # -- the two operands of the product
 
@@ -474,7 +481,7 @@ class HQLayer(nn.Module):
         s = self.at_step(self.log_s_x.exp(), x)                  # each sample has the scale of its own step
         # A zero point off the grid would take 0.0 off it too, and zero padding would no longer be exact.
         z = torch.zeros_like(s) if self.symmetric else self.at_step(round_ste(self.z_x).clamp(*grid(self.abits, False)), x)
-        if fast_gpu(x, max(self.block, 16)):
+        if fast_gpu(x, self.block if self.rotation != "none" else 32):
             return _QuantizeGPU.apply(x, s, z, *grid(self.abits, self.symmetric), self.dim, self.block, dtype), s.view(shape)
         v = hadamard(x, self.dim, self.block) if self.rotation != "none" else x
         return quantize(v, s.view(shape), z.view(shape), self.abits, self.symmetric).to(dtype), s.view(shape)
@@ -589,8 +596,9 @@ class HQLayer(nn.Module):
             q_x = _walsh_gpu(q_x, self.dim, self.block, 1.0, self._narrow(x_max)) if fast else walsh(q_x, self.dim, self.block)
         if route == "int64":
             q_w = self._integer_weight(view)
-        else:
-            q_w = self._once(view, lambda: int_operand(self._integer_weight(view), x_max))
+        else:                                        # frozen weights are looked at, once; others are bounded by their format
+            w_max = None if self.frozen else self.operand_max if view == "B" else self.q_w_max
+            q_w = self._once(view, lambda: int_operand(self._integer_weight(view), x_max, w_max))
         return self.multiply_int(q_x, q_w, route, x_max, scales)
 
     def _integer_weight(self, view):
@@ -639,7 +647,7 @@ class HQLayer(nn.Module):
         C_out, bias = self.shape[0], 4 * (self.shape[0] if self.bias is not None else 0)
         n, steps = math.prod(self.shape), len(self.clock.timesteps)
         scales_x = 0 if self.abits == 32 else 4 * steps * (1 if self.symmetric else 2)
-        weight = 4 * n if self.wbits == 32 else (math.ceil(n / 2) if self.wbits <= 4 else n) + 5 * C_out
+        weight = 4 * n + (0 if self.wbits == 32 else 8 * C_out) if self.wbits > 8 else (math.ceil(n / 2) if self.wbits <= 4 else n) + 5 * C_out
         return 4 * n + bias, weight + bias + scales_x
 
 
@@ -866,15 +874,15 @@ if triton is not None:
         """y = scale R x for vectors of K numbers that lie `inner` apart in memory. Each program does ROWS vectors."""
         v = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)        # 64 bits: a tensor may have 2^31 numbers
         offsets = (v // inner * (K * inner) + v % inner)[:, None] + tl.arange(0, K)[None, :] * inner
-        mask = (v < vectors)[:, None] & (tl.arange(0, K) < K)[None, :]
+        mask = (v < vectors)[:, None]
         x = tl.load(x_ptr + offsets, mask, other=0).to(tl.float32)
         tl.store(y_ptr + offsets, (_rotate(x, K) * scale).to(y_ptr.dtype.element_ty), mask)
 
     @triton.jit
     def _tile(x_ptr, s_ptr, z_ptr, n, low, high, K: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr):
         """How both kernels below begin: where a tile of ROWS x K numbers lies, t = H x / s, s, and the ends of the grid less z."""
-        sample = tl.program_id(1)
-        at = tl.program_id(0) * (ROWS * K) + tl.arange(0, ROWS)[:, None] * K + tl.arange(0, K)[None, :]
+        sample = tl.program_id(0)                                # the other axes of a grid end at 65,535
+        at = tl.program_id(1) * (ROWS * K) + tl.arange(0, ROWS)[:, None] * K + tl.arange(0, K)[None, :]
         offsets, mask = sample.to(tl.int64) * n + at, at < n
         x, s, z = tl.load(x_ptr + offsets, mask, other=0).to(tl.float32), tl.load(s_ptr + sample), tl.load(z_ptr + sample)
         if NORM != 1.0:
@@ -901,7 +909,7 @@ if triton is not None:
         g, near = tl.load(g_ptr + offsets, mask, other=0).to(tl.float32), _round(t, first - 1, last + 1)
         inside = (near >= first) & (near <= last)
         gx = tl.where(inside, g * (1 / s), 0.0)
-        part = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        part = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
         tl.store(gs_ptr + part, -tl.sum(tl.sum(gx * t, 1), 0))   # d(x/s)/ds = -(x/s)/s
         tl.store(gz_ptr + part, -tl.sum(tl.sum(tl.where(inside, 0.0, g), 1), 0))         # inside, z is added and taken off again
         if NORM != 1.0:
@@ -912,15 +920,15 @@ if triton is not None:
     def _scale_kernel(acc_ptr, s_x_ptr, s_w_ptr, bias_ptr, y_ptr, n, C, g_ptr, gs_ptr,
                       ROWS: tl.constexpr, COLS: tl.constexpr, BACKWARD: tl.constexpr):
         """y = acc * (s_x s_w) + bias over n pixels of a sample. BACKWARD: y = g * (s_x s_w), and sums of g * acc a program."""
-        sample, c = tl.program_id(1), tl.program_id(2) * COLS + tl.arange(0, COLS)
-        pixel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        sample, c = tl.program_id(0), tl.program_id(2) * COLS + tl.arange(0, COLS)
+        pixel = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
         offsets = (sample.to(tl.int64) * n + pixel)[:, None] * C + c[None, :]
         mask = (pixel < n)[:, None] & (c < C)[None, :]
         acc = tl.load(acc_ptr + offsets, mask, other=0)
         s = tl.load(s_x_ptr + sample) * tl.load(s_w_ptr + c, c < C, other=0)
         if BACKWARD:
             g = tl.load(g_ptr + offsets, mask, other=0)
-            part = (sample * tl.num_programs(0) + tl.program_id(0)) * C
+            part = (sample * tl.num_programs(1) + tl.program_id(1)) * C
             tl.store(gs_ptr + part + c, tl.sum(g * acc, 0), c < C)
             tl.store(y_ptr + offsets, g * s[None, :], mask)
         else:
@@ -998,12 +1006,12 @@ class _QuantizeGPU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, s, z, low, high, dim, block, dtype):
-        x, ctx.dim, width = _dense(x, dim), dim, max(block, 32)
+        x, ctx.dim, width = _dense(x, dim), dim, block if block > 1 else 32
         ctx.save_for_backward(x, s, z)
         ctx.args = (x.numel() // max(1, len(x)), low, high, width, 4096 // width, block**-0.5)
         q = torch.empty_like(x, dtype=dtype)
         if x.numel():
-            _quantize_kernel[(triton.cdiv(ctx.args[0], 4096), len(x))](x, s, z, q, *ctx.args)
+            _quantize_kernel[(len(x), triton.cdiv(ctx.args[0], 4096))](x, s, z, q, *ctx.args)
         return q
 
     @staticmethod
@@ -1012,7 +1020,7 @@ class _QuantizeGPU(torch.autograd.Function):
         tiles = triton.cdiv(ctx.args[0], 4096)
         gx, gs, gz = torch.empty_like(x), s.new_empty(len(x), tiles), s.new_empty(len(x), tiles)
         if x.numel():
-            _quantize_backward_kernel[(tiles, len(x))](_dense(g, ctx.dim), x, s, z, gx, gs, gz, *ctx.args)
+            _quantize_backward_kernel[(len(x), tiles)](_dense(g, ctx.dim), x, s, z, gx, gs, gz, *ctx.args)
         return gx, gs.sum(1), gz.sum(1), None, None, None, None, None
 
 
@@ -1039,7 +1047,7 @@ def _scale_gpu(acc, s_x, s_w, bias, y, g=None, sums=None):
     C, n = len(s_w), acc.numel() // max(1, len(acc) * len(s_w))
     if acc.numel():                                              # no fused multiply-add: _int_kernel must round as this does
         cols = min(64, triton.next_power_of_2(C))
-        _scale_kernel[(triton.cdiv(n, 64), len(acc), triton.cdiv(C, cols))](
+        _scale_kernel[(len(acc), triton.cdiv(n, 64), triton.cdiv(C, cols))](
             acc, s_x, s_w, bias, y, n, C, acc if g is None else g, y if sums is None else sums, 64, cols, g is not None,
             enable_fp_fusion=False)
     return y

@@ -315,7 +315,7 @@ def run_cli(main):
         main()
     except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as e:
         # A GPU without memory has a type of its own (a RuntimeError), a CPU without it only says so: "can't allocate memory".
-        if type(e) is RuntimeError and "allocate memory" not in str(e):
+        if isinstance(e, RuntimeError) and not isinstance(e, torch.cuda.OutOfMemoryError) and "allocate memory" not in str(e):
             raise                                    # a fault of ours: with its traceback, please
         print(f"error: {(str(e) or type(e).__name__).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)

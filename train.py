@@ -191,7 +191,7 @@ def mean_over_processes(value):
     """A scalar on the model's device -> its mean over all processes, detached."""
     value = value.detach()
     if world()[1] > 1:
-        dist.all_reduce(value := value.clone() / world()[1])
+        dist.all_reduce(value := value / world()[1])
     return value
 
 
@@ -354,7 +354,6 @@ def scored(updates, model, first, args, out, n=5000):
     path = out / "curve.json"
     rows = [r for r in json.loads(path.read_text()) if r["step"] <= first] if path.is_file() else []
     for step, result in enumerate(updates, start=first + 1):
-        yield result
         if step % args.score_every == 0 or step == args.steps:
             model.eval()
             rows.append({"step": step, "images": step * args.batch, "n": n, **score(*draw(model, n, args.ddim_steps, seed=args.seed))})
@@ -362,6 +361,7 @@ def scored(updates, model, first, args, out, n=5000):
             print(f"after {step * args.batch / 1e6:.1f} M images: C-FID {rows[-1]['c_fid']:.2f}, C-IS {rows[-1]['c_is']:.3f}, "
                   f"class accuracy {rows[-1]['accuracy']:.3f}", flush=True)
             plot_curve(rows, out / "curve.png")
+        yield result                                 # after its score: what is saved now has its row
 
 
 def plot_curve(rows, path):

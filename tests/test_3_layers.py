@@ -47,11 +47,39 @@ def test_the_layer_is_the_paper_formula(kind, rotation, device):
     assert_close(y.double(), oracle, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(not (torch.cuda.is_available() or hqdm.INTERPRETED), reason="kernels need a GPU, or TRITON_INTERPRET=1 and triton")
+@pytest.mark.parametrize("block", [8, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("rotation", ["none", "single"])
+def test_kernels_are_their_definitions(rotation, block, monkeypatch):
+    """Section 6 on and off, over several tiles, pictures, 160 outputs and all blocks: outputs, gradients, and integer as fake."""
+    results, device = [], "cuda" if torch.cuda.is_available() else "cpu"
+    for kernels in (True, False):
+        if not kernels:
+            monkeypatch.setattr(hqdm, "fast_gpu", lambda *_: False)
+        torch.manual_seed(0)
+        new = hqdm.HQConv2d(nn.Conv2d(256, 160, 3, padding=1), 4, 4, rotation, block, clock=hqdm.Clock([9, 0])).to(device)
+        nn.init.normal_(new.lora_B, std=0.01)
+        x = torch.randn(2, 256, 9, 9).to(device, memory_format=torch.channels_last).requires_grad_()
+        for t in (0, 9):
+            new.clock.set(torch.full((2,), t, device=device))
+            new.fit_input(x.detach() * (1 + t))
+        new.clock.set(torch.tensor([0, 9], device=device))
+        y = new(x)
+        learned = [new.log_s_x, new.log_s_w, new.lora_A, new.lora_B] + ([new.z_x] if rotation == "none" else [])
+        results.append([y] + list(torch.autograd.grad((y * torch.randn_like(y, memory_format=torch.channels_last)).mean(), [x] + learned)))
+        new.integer = True
+        assert torch.equal(new(x), y)
+    for ours, theirs in zip(*results):
+        assert (ours - theirs).norm() < 2e-3 * theirs.norm()     # a rare value on the border of two steps may round either way
+
+
 @pytest.mark.parametrize("rotation", hqdm.ROTATIONS)
 def test_sixteen_bits_reproduce_the_float_layer(rotation):
     """The limit of many bits is the float layer: nothing is left out and nothing scaled twice."""
     new, x, plain = layer("conv", rotation, 16, 16)
     assert (new(x) - plain(x)).norm() / plain(x).norm() < 1e-3
+    new.freeze()
+    assert sum(v.numel() * v.element_size() for v in new.state_dict().values()) == new.bytes[1]
 
 
 @pytest.mark.parametrize("wbits, abits", [(32, 4), (4, 32), (32, 32)])
@@ -113,9 +141,24 @@ def test_t_picks_the_scale_per_sample():
 
 def test_a_layer_with_many_steps_asks_which_one():
     new, x, _ = layer(clock=hqdm.Clock([900, 100]))
+    new.clock.set(torch.tensor([100, 100]))                      # two answers for four samples
+    with pytest.raises(RuntimeError, match="size"):
+        new(x)
     new.clock.step = None
     with pytest.raises(RuntimeError, match="which DDIM step"):
         new(x)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rotation", hqdm.ROTATIONS)
+def test_one_step_serves_the_whole_batch(rotation, device):
+    """No clock at all, or one t for many samples: the same as that t for each of them."""
+    new, x, _ = layer("conv", rotation, device=device)
+    y = new(x)
+    new.clock.set(torch.zeros(1, dtype=torch.long, device=device))
+    assert torch.equal(new(x), y)
+    new.clock.step = None
+    assert torch.equal(new(x), y)
 
 
 def test_gradients_reach_everything_that_is_learned():

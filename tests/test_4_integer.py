@@ -27,15 +27,29 @@ def conv_int64(q_x, q_w, stride, padding):
     return acc
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("route", ["int8", "int64"])
 @pytest.mark.parametrize("limit", [3, 7, 127, 480, 8160])
 @pytest.mark.parametrize("size, stride, padding", [(3, 1, 1), (3, 2, 1), (1, 1, 0), (3, 1, 0), (1, 2, 1)])
-def test_int_conv2d_is_the_integer_convolution(route, limit, size, stride, padding):
+def test_int_conv2d_is_the_integer_convolution(route, limit, size, stride, padding, device):
     """Exact for any operand up to 14 bits, stride and padding, and for shapes that no matrix unit likes (5 -> 3 channels)."""
     q_x = torch.randint(-limit, limit + 1, (2, 5, 6, 6))
     q_w = torch.randint(-255, 256, (3, 5, size, size))
-    acc = hqdm.int_conv2d(q_x.to(torch.int16), q_w.to(torch.int16), stride, padding, route)
-    assert acc.dtype == torch.int32 and torch.equal(acc.long(), conv_int64(q_x, q_w, stride, padding))
+    if device != "cpu" and route == "int64":
+        with pytest.raises(ValueError, match="runs on the cpu"):
+            hqdm.int_conv2d(q_x.to(device), q_w.to(device), stride, padding, route)
+        return
+    acc = hqdm.int_conv2d(q_x.to(device, torch.int16), q_w.to(device, torch.int16), stride, padding, route)
+    assert acc.dtype == torch.int32 and torch.equal(acc.cpu().long(), conv_int64(q_x, q_w, stride, padding))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32])
+def test_the_least_number_of_a_type(dtype, device):
+    """-2^15 has no positive twin in int16, nor has -2^7 in int8: as activation and as weight it counts as large as it is."""
+    least, ones = torch.full((3, 16), torch.iinfo(dtype).min, dtype=dtype, device=device), torch.eye(16, dtype=dtype, device=device)[:8]
+    for x, w in ((least, ones), (ones, least)):
+        assert torch.equal(hqdm.int_linear(x, w).cpu(), hqdm.int_linear(x.cpu(), w.cpu(), "int64"))
 
 
 def test_floats_are_refused():
@@ -123,12 +137,13 @@ def test_worst_case_is_exact(rotation, wbits, abits, device):
 def test_views_multiply_what_they_say(monkeypatch):
     """View A multiplies R q_x with q_w - z, view B q_x with (q_w - z) R: seen at the integer product itself."""
     layer = hqdm.HQConv2d(nn.Conv2d(64, 8, 3, padding=1), 4, 4)
-    layer.fit_input(x := torch.randn(2, 64, 4, 4))
+    layer.fit_input(x := torch.randn(2, 64, 4, 4))               # no clock: both samples have the only step's scale
     q_x, q_w, seen = layer.quantize_input(x)[0].detach(), layer.quantize_weight()[0].detach(), []
-    monkeypatch.setattr(hqdm, "int_operand", lambda q_w, x_max: q_w)
+    monkeypatch.setattr(hqdm, "int_operand", lambda q_w, x_max, w_max: q_w)
     monkeypatch.setattr(hqdm.HQConv2d, "multiply_int", lambda self, a, b, route, x_max, scales: seen.append((a, b)))
     for view in "AB":
-        layer.integer_accumulator(q_x, view)
+        layer.view = view
+        layer.integer_accumulator(q_x)
     assert torch.equal(seen[0][0].float(), hqdm.walsh(q_x)) and torch.equal(seen[0][1].float(), q_w)
     assert torch.equal(seen[1][0].float(), q_x) and torch.equal(seen[1][1].float(), hqdm.walsh(q_w))
 
