@@ -37,8 +37,9 @@ def test_group_norm_is_pytorchs(offset, device):
     g, x64 = torch.randn(3, 64, 5, 4, device=device), x.detach().double().requires_grad_()
     exact = nn.functional.group_norm(x64, 32, norm.weight.double(), norm.bias.double(), norm.eps)
     oracle = torch.autograd.grad(exact, (x64, norm.weight, norm.bias), g.double())
-    tolerance = dict(rtol=1e-4, atol=1e-4 * (1 + 5 * offset))
-    for y in (norm(x), U.group_norm(x, 32, norm.weight, norm.bias, norm.eps)):
+    # PyTorch's own on a CPU errs by 6e-3 where the mean is 100, ours by 5e-5.
+    for y, slack in ((norm(x), 5 * offset), (U.group_norm(x, 32, norm.weight, norm.bias, norm.eps), offset / 20)):
+        tolerance = dict(rtol=1e-4, atol=1e-4 * (1 + slack))
         assert_close(y.double(), exact, **tolerance)
         for a, b in zip(torch.autograd.grad(y, (x, norm.weight, norm.bias), g), oracle):
             assert_close(a.double(), b.double(), **tolerance)

@@ -262,6 +262,19 @@ def test_the_judge_knows_real_images():
     assert sample.read_checkpoint(ROOT / "checkpoints/judge.pt")["test_accuracy"] >= 0.94
 
 
+def test_the_bundled_teacher_predicts_noise():
+    """Its error on real images at random times: what a wrong scale in attention, or a skip taken twice, would double."""
+    import train
+    from unet import add_noise
+    images, labels = (part[:32] for part in train.load_bundled())
+    torch.manual_seed(0)
+    x_0, t = images.float() / 127.5 - 1, torch.randint(1000, (32,))
+    eps = torch.randn_like(x_0)
+    with torch.no_grad():
+        guess = sample.load_model(ROOT / "checkpoints/teacher.pt")(add_noise(x_0, t, eps), t, labels)
+    assert (guess - eps).square().mean() < 0.045
+
+
 @pytest.mark.parametrize("name", BUNDLED)
 def test_bundled_models_load_and_are_small(name):
     model = sample.load_model(ROOT / "checkpoints" / name)

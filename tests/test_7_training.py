@@ -122,8 +122,9 @@ def test_batches_after_a_resume_are_the_same(order):
 
 def test_trajectory_order_is_the_teachers_walk():
     """The paper's order: all samples at one t, from T-1 down to 0, each x_t made from the one before."""
-    times = [int(t[0]) for _, t, _, _ in train.trajectory_batches(small_unet(), 2, 6, 3, 0)]
-    assert times == ddim_timesteps(3).tolist() * 2
+    _, times, labels, _ = zip(*train.trajectory_batches(small_unet(), 40, 6, 3, 0))
+    assert [int(t[0]) for t in times] == ddim_timesteps(3).tolist() * 2
+    assert set(torch.cat(labels).tolist()) == set(range(11))     # ten classes and none
 
 
 def test_decay():
@@ -280,10 +281,47 @@ def test_scores_along_the_way(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "draw", lambda model, n, *args, **kwargs: (check(not model.training), n))
     monkeypatch.setattr(train, "score", lambda _, n: {"c_fid": 1.0, "c_is": 2.0, "accuracy": 0.5})
     args = argparse.Namespace(score_every=2, steps=5, batch=8, ddim_steps=3, seed=0)
-    assert list(train.scored(iter("abcde"), small_unet().train(), 0, args, tmp_path)) == list("abcde")
+    updates = train.scored(iter("abcde"), small_unet().train(), 0, args, tmp_path)
+    assert next(updates) + next(updates) == "ab" and json.loads((tmp_path / "curve.json").read_text())[-1]["step"] == 2  # before step 2 is saved
+    assert list(updates) == list("cde")
     assert [(r["step"], r["images"]) for r in json.loads((tmp_path / "curve.json").read_text())] == [(2, 16), (4, 32), (5, 40)]
     assert list(train.scored(iter("de"), small_unet(), 3, args, tmp_path)) == list("de") and (tmp_path / "curve.png").stat().st_size > 1000
     assert [r["step"] for r in json.loads((tmp_path / "curve.json").read_text())] == [2, 4, 5]
+
+
+def test_rates_of_both_trainings():
+    """The teacher warms up for a tenth of a short run, then follows a cosine; distillation goes down in a straight line."""
+    model, images, labels = small_unet(), *train.load_bundled()
+    optimizer = torch.optim.SGD([{"params": list(model.parameters()), "base_lr": 1e-3}])
+    updates = train.teacher_updates(model, copy.deepcopy(model), optimizer, images, labels, 20, 2, 0, loss=lambda net, *_, **__: model.conv_in.weight.sum())
+    rates = [optimizer.param_groups[0]["lr"] / 1e-3 for _ in updates]
+    assert_close(rates, [0.5, 1.0] + [0.5 + 0.5 * math.cos(math.pi * i / 18) for i in range(18)])
+    class Student(torch.nn.Linear):
+        def forward(self, x, t, y):
+            return super().forward(x)
+    optimizer, batch = torch.optim.SGD([{"params": list((student := Student(4, 4)).parameters()), "base_lr": 1e-3}]), torch.randn(2, 4, 4, 4)
+    updates = train.distil_updates(student, optimizer, [(batch, 0, 0, batch)] * 5, 5)
+    assert_close([optimizer.param_groups[0]["lr"] / 1e-3 for _ in updates], [1.0, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_noises_of_a_run_are_its_own(teacher_file, tmp_path, monkeypatch):
+    """A student is calibrated, trained and tested on three pools from three seeds: the printed error is on noise it never saw."""
+    real, seeds = train.make_pool, []
+    monkeypatch.setattr(train, "make_pool", lambda teacher, n, steps, seed: seeds.append(seed) or real(teacher, 1, steps, seed))
+    monkeypatch.setattr(train, "distil_updates", lambda *_, **__: fail(InterruptedError()))
+    with pytest.raises(InterruptedError):
+        train.main(arguments(teacher_file, tmp_path / "x"))
+    assert len(seeds) == len(set(seeds)) == 3
+
+
+def test_a_long_run_keeps_means_of_its_losses(tmp_path, monkeypatch):
+    """metrics.json of 20,001 updates has 6,667 losses, each the mean of three, whatever the number of files beside it."""
+    monkeypatch.setattr(train, "save_grids", lambda *_: None)
+    (tmp_path / "model.pt").touch()
+    losses = [float(i % 3) for i in range(20_001)]
+    train.finish(argparse.Namespace(ddim_steps=1, seed=0), torch.device("cpu"), tmp_path, losses, 1.0, {}, {})
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["updates_per_loss"] == 3 and metrics["losses"] == [1.0] * 6667
 
 
 def test_update_clips_the_gradient_and_scales_the_rate():
@@ -348,6 +386,10 @@ def check(true):
     assert true
 
 
+def fail(error):
+    raise error
+
+
 def share_the_work(rank, port, processes, teacher_file, folder):
     """What each process runs: two updates of the float teacher, two of a quantized student, and a whole train.main."""
     if processes > 1:
@@ -405,7 +447,8 @@ def test_bad_input_is_one_line_and_exit_code_2(more, message, teacher_file, tmp_
 def test_a_run_is_never_written_over(finished, teacher_file, tmp_path, capsys):
     """--out of a finished run, and --resume with other settings: refused, and every file stays as it was."""
     before = {p.name: p.read_bytes() for p in finished.iterdir()}
-    for more, message in (([], "already holds a run"), (["--resume", "--seed", "1"], "--seed 1 (was 0)")):
+    others = (("--seed", "1", "0"), ("--lr", "2", "1"), ("--block", "8", "16"), ("--rank", "2", "4"), ("--order", "trajectory", "pool"))
+    for more, message in (([], "already holds a run"), *((["--resume", name, new], f"{name} {new}") for name, new, old in others)):
         with pytest.raises(SystemExit) as stop:
             train.run_cli(lambda: train.main(arguments(teacher_file, finished, *more)))
         assert stop.value.code == 2 and message in capsys.readouterr().err
@@ -433,8 +476,6 @@ def test_resume_without_out_takes_the_latest_run_of_its_name(tmp_path, monkeypat
 
 def test_lack_of_memory_is_one_line(capsys):
     """On a CPU torch has no type for it, on a GPU it has; a RuntimeError of another kind is a fault and keeps its traceback."""
-    def fail(error):
-        raise error
     for work in (lambda: torch.empty(10**15), lambda: fail(MemoryError()), lambda: fail(torch.cuda.OutOfMemoryError("can't: out of memory"))):
         with pytest.raises(SystemExit) as stop:
             sample.run_cli(work)
@@ -442,6 +483,8 @@ def test_lack_of_memory_is_one_line(capsys):
         assert stop.value.code == 2 and "memory" in err.lower() and len(err.splitlines()) == 1
     with pytest.raises(RuntimeError, match="a fault"):
         sample.run_cli(lambda: fail(RuntimeError("a fault")))
+    with pytest.raises(NotImplementedError):                     # one of many faults that are RuntimeErrors by descent
+        sample.run_cli(lambda: fail(NotImplementedError("a fault")))
 
 
 def test_a_polite_kill_saves_and_the_run_goes_on(finished, teacher_file, tmp_path, monkeypatch):
