@@ -154,7 +154,7 @@ def draw(model, n, steps=50, label=None, guidance=1.0, seed=0, batch=500, progre
     """n pictures: uint8 (n, 3, 32, 32) and their labels (n,), both on the CPU. Deterministic DDIM (eta = 0).
 
     progress: called after every step with how many pictures' worth of work is done. Raises FloatingPointError where a
-    picture is not finite (an extreme guidance, a broken model).
+    picture is not finite (an extreme guidance; a quantized model's integers can hide a NaN, which load_model and training refuse).
     """
     device = next(model.parameters()).device
     noise, labels = noise_and_labels(n, seed, model.classes, label)

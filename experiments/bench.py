@@ -211,12 +211,15 @@ def update(device, quick):
         made["single, the authors' way"] = lambda: inside(authors_way, updater(teacher, pool, batch, "single"))
         if device.type == "cuda":
             made["float, bf16"] = lambda: inside(lambda: train.autocast(device), updater(teacher, pool, batch))
-        for name, make in made.items():              # float against one other at a time: memory for two
-            run, memory = prepare(make, device)
-            times = compare({"float": plain, name: run}, device, seconds=2 if quick else 1.5)
-            for what, gib in (("float", plain_memory), (name, memory))[name != "none":]:
-                rows.append({"what": what, "batch": batch, **times[what], "of_float": round(times[what]["ms"] / times["float"]["ms"], 3), "peak_gib": gib})
-            del run
+        # A GPU has memory for two: float against one other at a time. A CPU drifts more than they differ: all in turn.
+        sets = [[name] for name in made] if device.type == "cuda" else [list(made)]
+        for names in sets:
+            prepared = {name: prepare(made[name], device) for name in names}
+            times = compare({"float": plain, **{name: run for name, (run, _) in prepared.items()}}, device, seconds=10 if quick else 1.5)
+            memory = {"float": plain_memory, **{name: gib for name, (_, gib) in prepared.items()}}
+            for what in times if names[0] == "none" else names:
+                rows.append({"what": what, "batch": batch, **times[what], "of_float": round(times[what]["ms"] / times["float"]["ms"], 3), "peak_gib": memory[what]})
+            del prepared
         figures[f"qat_update_ratio_b{batch}"] = max(r["of_float"] for r in rows if r["batch"] == batch and r["what"] in hqdm.ROTATIONS)
         del plain
     return rows, figures

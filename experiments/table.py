@@ -78,10 +78,9 @@ def speed():
              f"| the same, layers computed as in the authors' code | {ratios(gpu, (128, 512), WAY)} | {ratios(cpu, (4, 16), WAY)} | update |",
              f"| pictures a second at 50 steps: float / fake-quantized / integer, W4A3 single | {rates(gpu)} | {rates(cpu)} | sampling |"]
     speeds = {r["what"]: r["images_per_s"] for r in gpu["parts"]["training"]}
-    plain, compiled = (" / ".join(f"{speeds['ours'] / speeds[name + suffix]:.1f}" for name in ("denoising-diffusion-pytorch", "diffusers UNet2DModel"))
-                       for suffix in ("", ", compiled"))
+    compiled = " / ".join(f"{speeds['ours'] / speeds[f'{name}, compiled']:.1f}" for name in ("denoising-diffusion-pytorch", "diffusers UNet2DModel"))
     lines.append(f"| float training, images a second, batch 512 / 1,024 (CPU 8); as many times denoising-diffusion-pytorch / diffusers (compiled) "
-                 f"| {speeds['ours']:,.0f} / {speeds['ours, batch 1024']:,.0f}; {plain} ({compiled}) | {c['float_images_per_s']:.0f} | training |")
+                 f"| {speeds['ours']:,.0f} / {speeds['ours, batch 1024']:,.0f}; {g['float_vs_ddpm_pytorch']:.1f} / {g['float_vs_diffusers']:.1f} ({compiled}) | {c['float_images_per_s']:.0f} | training |")
     lines.append(f"| seconds of `make test` / the notebook / `make train` | | {c['seconds_tests']:.0f} / {c['seconds_notebook']:.0f} / {c['seconds_train']:.0f} | commands |")
     return "\n".join(lines) + "\n"
 
