@@ -1001,7 +1001,7 @@ def _walsh_gpu(x, dim, block, scale, dtype, ROWS=128):
 class _QuantizeGPU(torch.autograd.Function):
     """quantize(hadamard(x), s, z, ..), or without the transform (block 1): x is read once and q written once.
 
-    x (B, ..), s and z (B,): samples with their own scale. Weights come as (C_out, n), their rows are the samples.
+    x (B, ..), finite; s and z (B,): samples with their own scale. Weights come as (C_out, n), their rows are the samples.
     """
 
     @staticmethod
