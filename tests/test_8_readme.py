@@ -56,6 +56,14 @@ def test_what_the_readme_says_of_its_results():
     for order, steps in [("pool", 1), ("pool", 30), ("pool", 100), ("pool", 300), ("trajectory", 500)]:
         h, without = run["single", order, steps], run["none", order, steps]
         assert h["c_is"] > without["c_is"] and h["c_fid"] < without["c_fid"] and h["eps_error"] < without["eps_error"]
+    assert single["c_is"] == min(m["c_is"] for m in (none, double, single)) and single["accuracy"] == min(m["accuracy"] for m in (none, double, single))
+    first, last = ({r: run[r, "pool", steps] for r in ("none", "double", "single")} for steps in (1, 1000))
+    assert first["none"]["c_is"] < 1.5 and min(first["double"]["c_is"], first["single"]["c_is"]) > 6      # after one update: noise, pictures
+    assert run["none", "trajectory", 500]["c_fid"] > 2 * run["single", "trajectory", 500]["c_fid"]         # in the paper's order far behind
+    assert run["none", "pool", 300]["c_fid"] < 1.15 * run["single", "pool", 300]["c_fid"]                  # the pool teaches nearly all of it
+    assert max(r["eps_error"] for r in last.values()) < 1.05 * min(r["eps_error"] for r in last.values())  # the eps errors have met
+    rates = {r["factors"]["z_x"]: r["eps_error"] for r in table.read("rates.json")["rows"] if r["rotation"] == "none"}
+    assert rates[0] * 0.95 < rates[4] < rates[1]                 # zero points at four times the rate: a little better
     assert all(s["n"] >= 5000 for s in score.values()) and report["hardware"] and report["date"] and report["command"]
 
 
