@@ -647,8 +647,9 @@ class HQLayer(nn.Module):
         C_out, bias = self.shape[0], 4 * (self.shape[0] if self.bias is not None else 0)
         n, steps = math.prod(self.shape), len(self.clock.timesteps)
         scales_x = 0 if self.abits == 32 else 4 * steps * (1 if self.symmetric else 2)
-        weight = 4 * n + (0 if self.wbits == 32 else 8 * C_out) if self.wbits > 8 else (math.ceil(n / 2) if self.wbits <= 4 else n) + 5 * C_out
-        return 4 * n + bias, weight + bias + scales_x
+        weight = 4 * n if self.wbits > 8 else n if self.wbits > 4 else math.ceil(n / 2)
+        scales_w = 0 if self.wbits == 32 else C_out * (8 if self.wbits > 8 else 5)       # s_w and z_w, which is a byte up to 8 bits
+        return 4 * n + bias, weight + scales_w + bias + scales_x
 
 
 class HQConv2d(HQLayer):
