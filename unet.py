@@ -3,7 +3,7 @@
 Nothing here knows of quantization; hqdm.py swaps the layers of this network by name afterwards.
 
     x_t   = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps        the noising of an image, DDPM eq. 4
-    loss  = mean (eps_theta(x_t, t, y) - eps)^2            what the network learns, DDPM eq. 14
+    loss  = mean w_t (eps_theta(x_t, t, y) - eps)^2        what the network learns, DDPM eq. 14; w_t: see ddpm_loss
     x_0~  = (x_t - sqrt(1 - abar_t) eps_theta) / sqrt(abar_t)          the image it believes in at step t
     x_s   = sqrt(abar_s) x_0~ + sqrt(1 - abar_s) eps_theta             the step from t down to s, DDIM eq. 12
 
@@ -201,9 +201,11 @@ def add_noise(x_0, t, eps):
     return abar.sqrt() * x_0 + (1 - abar).sqrt() * eps
 
 
-def ddpm_loss(model, x_0, y, classes, drop=0.1, rows=slice(None)):
-    """Scalar: mean squared error of the predicted noise at random times (DDPM eq. 14).
+def ddpm_loss(model, x_0, y, classes, drop=0.1, rows=slice(None), gamma=5.0):
+    """Scalar: squared error of the predicted noise at random times (DDPM eq. 14), mean of all samples.
 
+    Nearly clean samples count less: weight min(snr, gamma) / snr with snr = abar / (1 - abar) (min-SNR, Hang et al. 2023,
+    arXiv 2303.09556). gamma = inf is DDPM's plain mean; experiments/options.json has the comparison.
     x_0 (B, 3, h, w) in [-1, 1], y (B,). A share `drop` of the labels becomes "none", so that one network learns
     both the conditional and the unconditional noise (classifier-free guidance, Ho & Salimans 2022, arXiv 2207.12598).
     rows: the samples to compute; times and noise are drawn for all, so that several processes can share one batch.
@@ -213,7 +215,9 @@ def ddpm_loss(model, x_0, y, classes, drop=0.1, rows=slice(None)):
     eps = torch.randn_like(x_0)
     y = torch.where(torch.rand(B, device=x_0.device) < drop, classes, y)
     x_0, t, eps, y = (v[rows] for v in (x_0, t, eps, y))
-    return F.mse_loss(model(add_noise(x_0, t, eps), t, y).float(), eps)
+    abar = alpha_bars(x_0.device)[t]
+    error = (model(add_noise(x_0, t, eps), t, y).float() - eps).square().mean(dim=(1, 2, 3))              # (B,)
+    return (error * (gamma * (1 - abar) / abar).clamp(max=1)).mean()
 
 
 def ddim_timesteps(steps):

@@ -38,7 +38,9 @@ def plot(report, path):
         ax.plot([], [], "x", color="0.3", markersize=9, label="the paper's order")
         ax.axhline(report["teacher"][key], color="0.4", linestyle="--", linewidth=1, label="float")
         ax.set(xscale="log", xlabel="updates", title=title, yscale="log" if key == "c_fid" else "linear")
-    axes[0].set_yticks([30, 40, 50, 70, 100, 200, 300], [30, 40, 50, 70, 100, 200, 300])
+    ticks = [5, 7, 10, 15, 20, 30, 50, 70, 100, 200, 300, 500]
+    low, high = axes[0].get_ylim()
+    axes[0].set_yticks([t for t in ticks if low < t < high], [t for t in ticks if low < t < high])
     axes[0].minorticks_off()
     axes[1].legend(loc="lower right")
     fig.savefig(path, dpi=110)

@@ -4,7 +4,7 @@
     python experiments/table.py --write    # put them into README.md, each between its two markers
 
 scores.json is what sample.py --score wrote, NAME.json the metrics.json of the run that made each checkpoint,
-exact-cpu.json and exact-cuda.json what exact.py counted, bench.json what bench.py measured.
+options.json what options.py tried, exact-cpu.json and exact-cuda.json what exact.py counted, bench.json what bench.py measured.
 """
 import json
 import sys
@@ -43,6 +43,16 @@ def results():
     return "\n".join(lines) + "\n"
 
 
+def teacher():
+    """Markdown: what was tried for the teacher, from options.json."""
+    rows = read("options.json")["rows"]
+    first = rows["plain"]["settings"]
+    names = {name: f"{name}, dropout 0" if row["settings"]["dropout"] == 0 and "dropout" not in name else name for name, row in rows.items()}
+    names["plain"] = f"batch {first['batch']}, rate {first['lr']:g}, {first['shape']} decay, dropout {first['dropout']}"
+    return (f"Tried for the teacher, one run of {rows['plain']['images'] / 1e6:.1f} M images each, C-FID / C-IS (`experiments/options.py`): "
+            + "; ".join(f"{names[name]}: {r['c_fid']:.1f} / {r['c_is']:.2f}" for name, r in rows.items()) + ".\n")
+
+
 def exact():
     """Markdown: integer against fake-quantized arithmetic, from exact-cpu.json and, where there is one, exact-cuda.json."""
     parts = []
@@ -65,6 +75,9 @@ def speed():
     def of(entry, part, key, what, **where):
         return next(r[key] for r in entry["parts"][part] if r["what"] == what and all(r[k] == v for k, v in where.items()))
 
+    def transform(f):
+        return f"{f['hadamard_fraction_of_copy']:.2f} ({f['hadamard_error']:.0e}); {f['there_and_back_in_copies']:.1f}"
+
     def rates(entry):
         return " / ".join(f"{of(entry, 'sampling', 'images_per_s_50', what):.3g}" for what in ("float", "w4a3-single, fake", "w4a3-single, integer B"))
 
@@ -72,8 +85,8 @@ def speed():
         return " / ".join(f"{of(entry, 'update', 'of_float', what, batch=b) if what else entry['figures'][f'qat_update_ratio_b{b}']:.2f}" for b in batches)
 
     lines = ["| what | NVIDIA H200 | 2 CPU cores | part of `experiments/bench.py` |", "|---|---|---|---|",
-             f"| H x in float32, share of a copy's speed (error) | {g['hadamard_fraction_of_copy']:.2f} ({g['hadamard_error']:.0e}) "
-             f"| {c['hadamard_fraction_of_copy']:.2f} ({c['hadamard_error']:.0e}) | hadamard |",
+             f"| H x in float32, share of a copy's speed (error); time of H, quantize, H back in copies "
+             f"| {transform(g)} | {transform(c)} | hadamard |",
              f"| one quantized update / one float update, batch 128 / 512 (CPU 4 / 16), slowest rotation | {ratios(gpu, (128, 512))} | {ratios(cpu, (4, 16))} | update |",
              f"| the same, layers computed as in the authors' code | {ratios(gpu, (128, 512), WAY)} | {ratios(cpu, (4, 16), WAY)} | update |",
              f"| pictures a second at 50 steps: float / fake-quantized / integer, W4A3 single | {rates(gpu)} | {rates(cpu)} | sampling |"]
@@ -86,7 +99,7 @@ def speed():
 
 
 WAY = "single, the authors' way"
-SECTIONS = {"results": results, "exact": exact, "speed": speed}
+SECTIONS = {"results": results, "teacher": teacher, "exact": exact, "speed": speed}
 
 
 def markers(name):

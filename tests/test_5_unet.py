@@ -119,6 +119,21 @@ def test_loss_of_a_perfect_network_is_zero():
     assert U.ddpm_loss(Oracle(x_0), x_0, torch.zeros(8, dtype=torch.long), 10).item() < 1e-6
 
 
+@pytest.mark.parametrize("gamma", [5.0, math.inf])
+def test_loss_weighs_by_min_snr(gamma):
+    """ddpm_loss = mean of min(snr, gamma) / snr * (eps - prediction)^2 over the samples, in float64; gamma = inf is the plain mean."""
+    seen = {}
+    def nothing(x, t, y):
+        seen.update(t=t, x=x)
+        return torch.zeros_like(x)
+    torch.manual_seed(0)
+    loss = U.ddpm_loss(nothing, torch.zeros(512, 3, 2, 2), torch.zeros(512, dtype=torch.long), 10, gamma=gamma)
+    abar = U.alpha_bars()[seen["t"]].double().view(-1, 1, 1, 1)
+    eps, snr = seen["x"].double() / (1 - abar).sqrt(), abar / (1 - abar)         # x_0 = 0, so x_t is noise alone
+    assert abs(loss.item() - (eps**2 * snr.clamp(max=gamma) / snr).mean().item()) < 1e-5
+    assert 0.05 < (snr > 5).double().mean() < 0.5                # both cases happen
+
+
 def test_noise_of_eta_1_is_ddpm_noise():
     """With eta = 1 and every time visited, sigma^2 is DDPM's posterior variance beta_t (1 - abar_s) / (1 - abar_t)."""
     x_0 = torch.zeros(64, 3, 32, 32, dtype=torch.float64)
