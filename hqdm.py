@@ -352,7 +352,7 @@ def _int_product(x, q_w, route, x_max, kh, kw, stride, padding, scales):
             acc = term if acc is None else acc + term            # int32 wraps around, and the true sum fits: exact
     if scales:                                       # weights too large for the kernel's int16
         acc = acc.float().view(len(x), m // max(1, len(x)), o)
-        return _scale_gpu(acc, *scales, torch.empty_like(acc)).view(m, o)
+        return _scale_gpu(acc, *scales).view(m, o)
     return acc
 
 
@@ -880,8 +880,17 @@ if triton is not None:
         tl.store(y_ptr + offsets, (_rotate(x, K) * scale).to(y_ptr.dtype.element_ty), mask)
 
     @triton.jit
-    def _tile(x_ptr, s_ptr, z_ptr, n, low, high, K: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr):
-        """How both kernels below begin: where a tile of ROWS x K numbers lies, t = H x / s, s, and the ends of the grid less z."""
+    def _round(t, low, high):
+        """clamp(t, low, high) rounded, ties to even: next to 1.5 * 2^23 a float32 has no bit below 1."""
+        return (tl.minimum(tl.maximum(t, low), high) + 12582912.0) - 12582912.0
+
+    @triton.jit
+    def _quantize_kernel(x_ptr, s_ptr, z_ptr, y_ptr, n, low, high, K: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
+                         g_ptr=None, gs_ptr=None, gz_ptr=None):
+        """y = clamp(round(H x / s) + z, low, high) - z, for samples of n numbers with an s and a z each. NORM 1: no H.
+
+        Given g, the way back: y is the gradient of x at every place; those of s and z come as one sum a program.
+        """
         sample = tl.program_id(0)                                # the other axes of a grid end at 65,535
         at = tl.program_id(1) * (ROWS * K) + tl.arange(0, ROWS)[:, None] * K + tl.arange(0, K)[None, :]
         offsets, mask = sample.to(tl.int64) * n + at, at < n
@@ -889,45 +898,31 @@ if triton is not None:
         if NORM != 1.0:
             x = _rotate(x, K) * NORM
         t = x * (1 / s)
-        return offsets, mask, t + (x - t * s) * (1 / s), s, low - z, high - z            # Newton's step: as good as a division
+        t, first, last = t + (x - t * s) * (1 / s), low - z, high - z        # Newton's step: as good as a division
+        if g_ptr is None:
+            y = _round(t, first, last)
+        else:
+            g, near = tl.load(g_ptr + offsets, mask, other=0).to(tl.float32), _round(t, first - 1, last + 1)
+            inside = (near >= first) & (near <= last)
+            y = tl.where(inside, g * (1 / s), 0.0)
+            part = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+            tl.store(gs_ptr + part, -tl.sum(tl.sum(y * t, 1), 0))            # d(x/s)/ds = -(x/s)/s
+            tl.store(gz_ptr + part, -tl.sum(tl.sum(tl.where(inside, 0.0, g), 1), 0))     # inside, z is added and taken off again
+            if NORM != 1.0:
+                y = _rotate(y, K) * NORM
+        tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask)
 
     @triton.jit
-    def _round(t, low, high):
-        """clamp(t, low, high) rounded, ties to even: next to 1.5 * 2^23 a float32 has no bit below 1."""
-        return (tl.minimum(tl.maximum(t, low), high) + 12582912.0) - 12582912.0
-
-    @triton.jit
-    def _quantize_kernel(x_ptr, s_ptr, z_ptr, q_ptr, n, low, high, K: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr):
-        """q = clamp(round(H x / s) + z, low, high) - z, for samples of n numbers with an s and a z each. NORM 1: no H."""
-        offsets, mask, t, s, first, last = _tile(x_ptr, s_ptr, z_ptr, n, low, high, K, ROWS, NORM)
-        tl.store(q_ptr + offsets, _round(t, first, last).to(q_ptr.dtype.element_ty), mask)
-
-    @triton.jit
-    def _quantize_backward_kernel(g_ptr, x_ptr, s_ptr, z_ptr, gx_ptr, gs_ptr, gz_ptr, n, low, high,
-                                  K: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr):
-        """The gradients of _quantize_kernel: of x at every place; of s and z as one sum a program."""
-        offsets, mask, t, s, first, last = _tile(x_ptr, s_ptr, z_ptr, n, low, high, K, ROWS, NORM)
-        g, near = tl.load(g_ptr + offsets, mask, other=0).to(tl.float32), _round(t, first - 1, last + 1)
-        inside = (near >= first) & (near <= last)
-        gx = tl.where(inside, g * (1 / s), 0.0)
-        part = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-        tl.store(gs_ptr + part, -tl.sum(tl.sum(gx * t, 1), 0))   # d(x/s)/ds = -(x/s)/s
-        tl.store(gz_ptr + part, -tl.sum(tl.sum(tl.where(inside, 0.0, g), 1), 0))         # inside, z is added and taken off again
-        if NORM != 1.0:
-            gx = _rotate(gx, K) * NORM
-        tl.store(gx_ptr + offsets, gx, mask)
-
-    @triton.jit
-    def _scale_kernel(acc_ptr, s_x_ptr, s_w_ptr, bias_ptr, y_ptr, n, C, g_ptr, gs_ptr,
-                      ROWS: tl.constexpr, COLS: tl.constexpr, BACKWARD: tl.constexpr):
-        """y = acc * (s_x s_w) + bias over n pixels of a sample. BACKWARD: y = g * (s_x s_w), and sums of g * acc a program."""
+    def _scale_kernel(acc_ptr, s_x_ptr, s_w_ptr, bias_ptr, y_ptr, n, C, ROWS: tl.constexpr, COLS: tl.constexpr,
+                      g_ptr=None, gs_ptr=None):
+        """y = acc * (s_x s_w) + bias over n pixels of a sample. Given g: y = g * (s_x s_w), and sums of g * acc a program."""
         sample, c = tl.program_id(0), tl.program_id(2) * COLS + tl.arange(0, COLS)
         pixel = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
         offsets = (sample.to(tl.int64) * n + pixel)[:, None] * C + c[None, :]
         mask = (pixel < n)[:, None] & (c < C)[None, :]
         acc = tl.load(acc_ptr + offsets, mask, other=0)
         s = tl.load(s_x_ptr + sample) * tl.load(s_w_ptr + c, c < C, other=0)
-        if BACKWARD:
+        if g_ptr is not None:
             g = tl.load(g_ptr + offsets, mask, other=0)
             part = (sample * tl.num_programs(1) + tl.program_id(1)) * C
             tl.store(gs_ptr + part + c, tl.sum(g * acc, 0), c < C)
@@ -936,9 +931,9 @@ if triton is not None:
             tl.store(y_ptr + offsets, acc * s[None, :] + tl.load(bias_ptr + c, c < C, other=0)[None, :], mask)
 
     @triton.jit
-    def _int_kernel(x_ptr, w_ptr, y_ptr, s_x_ptr, s_w_ptr, bias_ptr, pixels, h, w, h_out, w_out, C, outs, kw, taps, stride, padding,
-                    PIXELS: tl.constexpr, OUTS: tl.constexpr, CHANNELS: tl.constexpr,
-                    WIDE_X: tl.constexpr, WIDE_W: tl.constexpr, SCALE: tl.constexpr):
+    def _int_kernel(x_ptr, w_ptr, y_ptr, pixels, h, w, h_out, w_out, C, outs, kw, taps, stride, padding, PIXELS: tl.constexpr,
+                    OUTS: tl.constexpr, CHANNELS: tl.constexpr, WIDE_X: tl.constexpr, WIDE_W: tl.constexpr,
+                    s_x_ptr=None, s_w_ptr=None, bias_ptr=None):
         """Integer x (B, h, w, C) and w (outs, taps, C) -> y (pixels, outs): int32 sums, or float32 sums * (s_x s_w) + bias.
 
         Each program sums PIXELS x OUTS outputs over all taps and channels; no patches are copied. Integer units take int8:
@@ -948,10 +943,7 @@ if triton is not None:
         b, i, j = pixel // (h_out * w_out), pixel // w_out % h_out * stride - padding, pixel % w_out * stride - padding
         picture, chunks = x_ptr + b.to(tl.int64) * (h * w * C), tl.cdiv(C, CHANNELS)
         acc = tl.zeros((PIXELS, OUTS), tl.int32)
-        if WIDE_X or WIDE_W:
-            acc7 = tl.zeros((PIXELS, OUTS), tl.int32)
-        if WIDE_X and WIDE_W:
-            acc14 = tl.zeros((PIXELS, OUTS), tl.int32)
+        acc7, acc14 = acc, acc                                   # narrow operands leave them 0: the compiler drops them
         for k in range(taps * chunks):
             tap, c = k // chunks, k % chunks * CHANNELS + tl.arange(0, CHANNELS)
             y, x = i + tap // kw, j + tap % kw
@@ -970,12 +962,9 @@ if triton is not None:
                 acc7 = tl.dot(low_x, high_w, acc7, out_dtype=tl.int32)
             if WIDE_X and WIDE_W:
                 acc14 = tl.dot(high_x, high_w, acc14, out_dtype=tl.int32)
-        if WIDE_X or WIDE_W:
-            acc += acc7 << 7
-        if WIDE_X and WIDE_W:
-            acc += acc14 << 14
+        acc += (acc7 << 7) + (acc14 << 14)
         y_ptrs, mask = y_ptr + pixel.to(tl.int64)[:, None] * outs + out[None, :], (pixel < pixels)[:, None] & (out < outs)[None, :]
-        if SCALE:
+        if s_x_ptr is not None:
             s = tl.load(s_x_ptr + b, pixel < pixels, other=0)[:, None] * tl.load(s_w_ptr + out, out < outs, other=0)[None, :]
             tl.store(y_ptrs, acc.to(tl.float32) * s + tl.load(bias_ptr + out, out < outs, other=0)[None, :], mask)
         else:
@@ -1021,7 +1010,7 @@ class _QuantizeGPU(torch.autograd.Function):
         tiles = triton.cdiv(ctx.args[0], 4096)
         gx, gs, gz = torch.empty_like(x), s.new_empty(len(x), tiles), s.new_empty(len(x), tiles)
         if x.numel():
-            _quantize_backward_kernel[(len(x), tiles)](_dense(g, ctx.dim), x, s, z, gx, gs, gz, *ctx.args)
+            _quantize_kernel[(len(x), tiles)](x, s, z, gx, *ctx.args, _dense(g, ctx.dim), gs, gz)
         return gx, gs.sum(1), gz.sum(1), None, None, None, None, None
 
 
@@ -1032,25 +1021,23 @@ class _ScaleGPU(torch.autograd.Function):
     def forward(ctx, acc, s_x, s_w, bias, dim):
         acc, ctx.dim = _dense(acc, dim), dim
         ctx.save_for_backward(acc, s_x, s_w)
-        return _scale_gpu(acc, s_x, s_w, bias, torch.empty_like(acc))
+        return _scale_gpu(acc, s_x, s_w, bias)
 
     @staticmethod
     def backward(ctx, g):
         acc, s_x, s_w = ctx.saved_tensors
-        C, out = len(s_w), torch.empty_like(acc)
-        sums = s_x.new_empty(len(acc), triton.cdiv(acc.numel() // max(1, len(acc) * C), 64), C)
-        _scale_gpu(acc, s_x, s_w, s_w, out, _dense(g, ctx.dim), sums)
+        sums = s_x.new_empty(len(acc), triton.cdiv(acc.numel() // max(1, len(acc) * len(s_w)), 64), len(s_w))
+        out = _scale_gpu(acc, s_x, s_w, None, _dense(g, ctx.dim), sums)
         sums = sums.sum(1)                                       # (B, C): sums of g * acc over a sample's pixels
         return out, (sums * s_w).sum(1), (sums * s_x[:, None]).sum(0), None, None
 
 
-def _scale_gpu(acc, s_x, s_w, bias, y, g=None, sums=None):
-    C, n = len(s_w), acc.numel() // max(1, len(acc) * len(s_w))
+def _scale_gpu(acc, s_x, s_w, bias, *back):
+    y, C, n = torch.empty_like(acc), len(s_w), acc.numel() // max(1, len(acc) * len(s_w))
     if acc.numel():                                              # no fused multiply-add: _int_kernel must round as this does
         cols = min(64, triton.next_power_of_2(C))
         _scale_kernel[(len(acc), triton.cdiv(n, 64), triton.cdiv(C, cols))](
-            acc, s_x, s_w, bias, y, n, C, acc if g is None else g, y if sums is None else sums, 64, cols, g is not None,
-            enable_fp_fusion=False)
+            acc, s_x, s_w, bias, y, n, C, 64, cols, *back, enable_fp_fusion=False)
     return y
 
 
@@ -1068,6 +1055,6 @@ def _int_gpu(x, w, kh, kw, stride, padding, scales=None):
         OUTS = 64 if outs <= 64 else 128             # the fastest of some thirty choices, on an H200
         CHANNELS = 128 if C % 128 == 0 and not all(wide) else 64 if C > 32 else 32
         _int_kernel[(triton.cdiv(pixels, 128), triton.cdiv(outs, OUTS))](
-            x, w, y, *(scales or (y, y, y)), pixels, h, w_in, h_out, w_out, C, outs, kw, kh * kw, stride, padding,
-            128, OUTS, CHANNELS, *wide, scales is not None, num_warps=8 if any(wide) else 4, enable_fp_fusion=False)
+            x, w, y, pixels, h, w_in, h_out, w_out, C, outs, kw, kh * kw, stride, padding,
+            128, OUTS, CHANNELS, *wide, *(scales or ()), num_warps=8 if any(wide) else 4, enable_fp_fusion=False)
     return y
