@@ -1,8 +1,8 @@
 """HQ-DM in one file: 4-bit weights and 4- or 3-bit activations for diffusion models, with one Hadamard transform.
 
 Mao et al., "HQ-DM: Single Hadamard Transformation-Based Quantization-Aware Training for Low-Bit Diffusion Models",
-arXiv 2512.05746. Needs torch and einops (Triton, where it is there, makes a GPU faster: section 6, which may be left unread); knows
-nothing of our UNet but the names of its layers.
+arXiv 2512.05746. Needs torch and einops; Triton, where it is there, makes a GPU faster (section 6, which may be left
+unread). Knows nothing of our UNet but the names of its layers.
 
 The trouble: a few activation channels are far larger than the rest (outliers). A 3-bit grid wide enough for them has no
 levels left for the others. The cure: spread each pixel's channel vector with a Hadamard transform H before rounding, and
@@ -279,6 +279,11 @@ def _largest(x):
     return max(-int(x.min()), int(x.max())) if x.numel() else 0
 
 
+def _narrow(largest):
+    """The smaller of the two integer types that holds -largest .. largest: int8 where it can."""
+    return torch.int8 if largest <= 127 else torch.int16
+
+
 def int_operand(q_w, x_max=127, w_max=None):
     """Integer weights (C_out, C_in, kh, kw) or (C_out, C_in) -> IntOperand, for activations up to x_max.
 
@@ -290,7 +295,7 @@ def int_operand(q_w, x_max=127, w_max=None):
     rows = rearrange(q_w, "O C kh kw -> O (kh kw C)") if q_w.ndim == 4 else q_w          # channels last: long runs to copy
     w_max = _largest(rows) if w_max is None else w_max
     if fast_gpu(q_w) and max(w_max, x_max) < 2**14:
-        return IntOperand(rows.to(torch.int8 if w_max <= 127 else torch.int16).contiguous(), None, q_w.shape)
+        return IntOperand(rows.to(_narrow(w_max)).contiguous(), None, q_w.shape)
     limit = 32767 // (2 * (128 + min(x_max, 127)))
     digits = _digits(rows.to(torch.int32), w_max, limit, bits=6)
     rows = torch.cat([F.pad(d, (0, -d.shape[1] % 8, 0, -d.shape[0] % 8)) for d, _ in digits])
@@ -336,7 +341,7 @@ def _int_product(x, q_w, route, x_max, kh, kw, stride, padding, scales):
     x_max = _largest(x) if x_max is None else x_max
     w = q_w if isinstance(q_w, IntOperand) else int_operand(q_w, x_max)
     if w.shifts is None:
-        return _int_gpu(x.to(torch.int8 if x_max <= 127 else torch.int16), w.rows, kh, kw, stride, padding, scales)
+        return _int_gpu(x.to(_narrow(x_max)), w.rows, kh, kw, stride, padding, scales)
     o, step, acc = w.shape[0], len(w.rows) // len(w.shifts), None
     for digit, i in _digits(x, x_max, 127, bits=7):
         a = int_columns(digit, kh, kw, stride, padding)
@@ -465,26 +470,30 @@ class HQLayer(nn.Module):
 
     def at_step(self, values, x):
         """values (S,) -> (B,): the one of each sample's step. RuntimeError where there are many and the clock is not set."""
-        if self.clock.step is None and len(values) > 1:
-            raise RuntimeError("which DDIM step is this? call the layer through its UNet, or clock.set(t) first")
         if self.clock.step is not None:
             values = self.clock.one_hot @ values     # values[step], exactly; its gradient is a product too, not a sort
+        elif len(values) > 1:
+            raise RuntimeError("which DDIM step is this? call the layer through its UNet, or clock.set(t) first")
         return values.expand(len(x)).contiguous()    # the kernels of section 6 read one number a sample
 
     # -- the two operands of the product
 
+    def _rotated(self, x):
+        """H x, or x itself without rotation."""
+        return hadamard(x, self.dim, self.block) if self.rotation != "none" else x
+
     def quantize_input(self, x, dtype=torch.float32):
         """x -> (H x on its grid, integers stored as dtype; s_x (B, 1, ..)). H x and 1 at 32 bits. Differentiable."""
         if self.abits == 32:
-            return hadamard(x, self.dim, self.block) if self.rotation != "none" else x, x.new_ones(())
+            return self._rotated(x), x.new_ones(())
         shape = (-1,) + (1,) * (x.ndim - 1)
         s = self.at_step(self.log_s_x.exp(), x)                  # each sample has the scale of its own step
         # A zero point off the grid would take 0.0 off it too, and zero padding would no longer be exact.
         z = torch.zeros_like(s) if self.symmetric else self.at_step(round_ste(self.z_x).clamp(*grid(self.abits, False)), x)
         if fast_gpu(x, self.block if self.rotation != "none" else 32):
             return _QuantizeGPU.apply(x, s, z, *grid(self.abits, self.symmetric), self.dim, self.block, dtype), s.view(shape)
-        v = hadamard(x, self.dim, self.block) if self.rotation != "none" else x
-        return quantize(v, s.view(shape), z.view(shape), self.abits, self.symmetric).to(dtype), s.view(shape)
+        s, z = s.view(shape), z.view(shape)
+        return quantize(self._rotated(x), s, z, self.abits, self.symmetric).to(dtype), s
 
     def quantize_weight(self):
         """(q_w - z, integers in a float tensor; s_w (C_out, 1)). The float weight and 1 at 32 bits. Differentiable."""
@@ -508,15 +517,14 @@ class HQLayer(nn.Module):
 
         This is view B. Rotating the weight is cheaper than rotating q_x back: it is smaller, and frozen it is done once.
         """
-        return self._once("float", self._operand)
-
-    def _operand(self):
-        q, s = self.quantize_weight()
-        if q.ndim == 4:                                          # as the images: walsh becomes one tall product, and
-            q = q.contiguous(memory_format=torch.channels_last)  # the convolution need not reorder it
-        if self.rotation == "single":
-            q, s = walsh(q, 1, self.block), s / math.sqrt(self.block)
-        return q, s
+        def make():
+            q, s = self.quantize_weight()
+            if q.ndim == 4:                                      # as the images: walsh becomes one tall product, and
+                q = q.contiguous(memory_format=torch.channels_last)          # the convolution need not reorder it
+            if self.rotation == "single":
+                q, s = walsh(q, 1, self.block), s / math.sqrt(self.block)
+            return q, s
+        return self._once("float", make)
 
     def _once(self, key, make):
         """make(), and for frozen weights only the first time."""
@@ -536,26 +544,20 @@ class HQLayer(nn.Module):
     # -- the product
 
     def forward(self, x):
-        with full_float32(x.device):                             # integers do not survive bf16 sums
-            return self._forward(x.float())
-
-    def _forward(self, x):
         """bias + acc * s: the one place where scales meet integers, read and written once."""
-        q_x, s_x = self.quantize_input(x, self._narrow(self.q_x_max) if self.integer else torch.float32)
-        q_w, s_w = self.operand()
-        if fast_gpu(x) and self.wbits != 32 and self.abits != 32:
-            scales = s_x.flatten(), s_w.flatten(), torch.zeros_like(s_w.flatten()) if self.bias is None else self.bias
-            if self.integer:
-                return self.integer_accumulator(q_x, scales=scales)
-            return _ScaleGPU.apply(self.accumulator(q_x, q_w), *scales, self.dim)
-        acc = self.integer_accumulator(q_x).float() if self.integer else self.accumulator(q_x, q_w)
-        s = s_x * s_w.view(self.per_channel)
-        return acc * s if self.bias is None else torch.addcmul(self.bias.view(self.per_channel), acc, s)
-
-    @staticmethod
-    def _narrow(largest):
-        """The smallest integer type that holds -largest .. largest."""
-        return torch.int8 if largest <= 127 else torch.int16
+        with full_float32(x.device):                             # integers do not survive bf16 sums
+            x = x.float()
+            q_x, s_x = self.quantize_input(x, _narrow(self.q_x_max) if self.integer else torch.float32)
+            q_w, s_w = self.operand()
+            if fast_gpu(x) and self.wbits != 32 and self.abits != 32:
+                s_x, s_w = s_x.flatten(), s_w.flatten()
+                scales = s_x, s_w, torch.zeros_like(s_w) if self.bias is None else self.bias
+                if self.integer:
+                    return self.integer_accumulator(q_x, scales=scales)
+                return _ScaleGPU.apply(self.accumulator(q_x, q_w), *scales, self.dim)
+            acc = self.integer_accumulator(q_x).float() if self.integer else self.accumulator(q_x, q_w)
+            s = s_x * s_w.view(self.per_channel)
+            return acc * s if self.bias is None else torch.addcmul(self.bias.view(self.per_channel), acc, s)
 
     def accumulator(self, q_x, q_w):
         """The sums of the fake-quantized layer, in float32 and still exact integers. Differentiable.
@@ -589,11 +591,11 @@ class HQLayer(nn.Module):
         if not self.on_grid:
             raise ValueError(f"a W{self.wbits}A{self.abits} layer has no integer form; use 2 to 8 bits for both")
         view, x_max = view or self.view, self.q_x_max
-        q_x = q_x.detach().to(self._narrow(x_max))
+        q_x = q_x.detach().to(_narrow(x_max))
         if self.rotation == "single" and view == "A":
             x_max = x_max * self.block
             fast = fast_gpu(q_x, self.block)
-            q_x = _walsh_gpu(q_x, self.dim, self.block, 1.0, self._narrow(x_max)) if fast else walsh(q_x, self.dim, self.block)
+            q_x = _walsh_gpu(q_x, self.dim, self.block, 1.0, _narrow(x_max)) if fast else walsh(q_x, self.dim, self.block)
         if route == "int64":
             q_w = self._integer_weight(view)
         else:                                        # frozen weights are looked at, once; others are bounded by their format
@@ -610,7 +612,7 @@ class HQLayer(nn.Module):
     @torch.no_grad()
     def fit_input(self, x, samples=8192):
         """Set the activation scale of the clock's step by least squared error on x, a float input of this layer."""
-        v = (hadamard(x, self.dim, self.block) if self.rotation != "none" else x).flatten()
+        v = self._rotated(x).flatten()
         pick = torch.randint(len(v), (samples,), generator=torch.Generator().manual_seed(0)).to(v.device)
         lo, hi = v.amin().view(1, 1), v.amax().view(1, 1)        # the range of all values; the error of a sample
         s, z = search_scale(v[pick][None], self.abits, self.symmetric, p=2, lo=lo, hi=hi)
@@ -706,8 +708,9 @@ def quantize_unet(unet, wbits, abits, rotation="single", block=32, timesteps=(0,
     clock, rows, swaps = Clock(timesteps), [], []
     for name, layer in list(unet.named_modules()):
         if not isinstance(layer, (nn.Conv2d, nn.Linear)):
-            if isinstance(layer, (nn.Embedding, nn.GroupNorm)) or hasattr(layer, "heads"):
-                rows.append(_float_row(name, layer))
+            if why := _why_float(layer):
+                size = 4 * sum(p.numel() for p in layer.parameters(recurse=False))
+                rows.append((name, type(layer).__name__, 32, 32, "none", 1, f"float: {why}", 0, size, size))
             continue
         why = next((text for part, text in EIGHT_BITS.items() if part in name.split(".")), None)
         bits = [b if b == 32 or not why else 8 for b in (wbits, abits)]
@@ -719,10 +722,8 @@ def quantize_unet(unet, wbits, abits, rotation="single", block=32, timesteps=(0,
             raise ValueError(f"{name}: {e}") from None
         swaps.append((*name.rpartition(".")[::2], new))
         shape = "x".join(map(str, new.shape[2:]))
-        rows.append({"layer": name, "kind": f"conv {shape}" if shape else "linear", "wbits": bits[0], "abits": bits[1],
-                     "rotation": rotate, "block": new.block, "note": f"{why}: not rotated" if why else
-                     "" if rotate != "none" else "rotation none was asked for", "accumulator_bound": new.bound,
-                     "float_bytes": new.bytes[0], "bytes": new.bytes[1]})
+        note = f"{why}: not rotated" if why else "rotation none was asked for" if rotate == "none" else ""
+        rows.append((name, f"conv {shape}" if shape else "linear", *bits, rotate, new.block, note, new.bound, *new.bytes))
     for parent, name, new in swaps:                  # only now: a refusal above leaves the network as it was
         setattr(unet.get_submodule(parent), name, new)
     unet.clock = clock
@@ -731,20 +732,21 @@ def quantize_unet(unet, wbits, abits, rotation="single", block=32, timesteps=(0,
     for layer in layers(unet):
         for name, p in layer.named_parameters():
             p.requires_grad_(name != "bias" and not packed)
-    return rows
+    columns = ("layer", "kind", "wbits", "abits", "rotation", "block", "note", "accumulator_bound", "float_bytes", "bytes")
+    return [dict(zip(columns, row)) for row in rows]
 
 
 def _set_clock(unet, args, kwargs):
     unet.clock.set(kwargs["t"] if "t" in kwargs else args[1])
 
 
-def _float_row(name, layer):
-    why = ("a table look-up: nothing is multiplied" if isinstance(layer, nn.Embedding) else "a normalisation, no matrix"
-           if isinstance(layer, nn.GroupNorm) else "q k^T and its softmax; its qkv and proj are rows of their own")
-    size = 4 * sum(p.numel() for p in layer.parameters(recurse=False))
-    return {"layer": name, "kind": type(layer).__name__, "wbits": 32, "abits": 32, "rotation": "none", "block": 1,
-            "note": "float: " + why,
-            "accumulator_bound": 0, "float_bytes": size, "bytes": size}
+def _why_float(layer):
+    """Why a module stays in float; None where it computes nothing of its own."""
+    if isinstance(layer, nn.Embedding):
+        return "a table look-up: nothing is multiplied"
+    if isinstance(layer, nn.GroupNorm):
+        return "a normalisation, no matrix"
+    return "q k^T and its softmax; its qkv and proj are rows of their own" if hasattr(layer, "heads") else None
 
 
 def layers(model):
@@ -795,22 +797,17 @@ def parameter_groups(model, lr=1.0):
 
     The scales are trained as logarithms, and d log s = ds / s: their rates are divided by the network's mean scale.
     """
-    found = layers(model)
-    s_w, s_x, z_x = ([getattr(layer, name) for layer in found if hasattr(layer, name)] for name in ("log_s_w", "log_s_x", "z_x"))
-
     def mean_scale(logs):
         return torch.cat([p.detach().exp().flatten() for p in logs]).mean().item()
 
     groups = []
-    for layer in found:                              # a float weight (W32) has no scale: its mean size stands in
+    for layer in layers(model):                      # a float weight (W32) has no scale: its mean size stands in
         unit = mean_scale([layer.log_s_w]) if hasattr(layer, "log_s_w") else layer.weight.abs().mean().item()
         groups.append({"params": [layer.lora_A, layer.lora_B], "base_lr": lr * RATES["lora"] * unit})
-    if s_w:
-        groups.append({"params": s_w, "base_lr": lr * RATES["s_w"] / mean_scale(s_w)})
-    if s_x:
-        groups.append({"params": s_x, "base_lr": lr * RATES["s_x"] / mean_scale(s_x)})
-    if z_x:                                          # no logarithm
-        groups.append({"params": z_x, "base_lr": lr * RATES["z_x"]})
+    for rate, name in (("s_w", "log_s_w"), ("s_x", "log_s_x"), ("z_x", "z_x")):
+        learned = [getattr(layer, name) for layer in layers(model) if hasattr(layer, name)]
+        if learned:                                  # z_x is no logarithm
+            groups.append({"params": learned, "base_lr": lr * RATES[rate] / (1 if name == "z_x" else mean_scale(learned))})
     return groups
 
 
