@@ -182,9 +182,11 @@ def hadamard(x, dim=1, block=32):
     """H x: orthonormal and block-diagonal along `dim`; its own inverse and its own gradient. Same shape as x.
 
     A (block x block) matrix product: at k = 32 faster than the recursion, which passes over memory log2 k times; on a GPU
-    one kernel, in float32 at nearly the speed of a copy (section 6). Equals fwht on each block. Raises ValueError where the block does
-    not divide the width.
+    one kernel, in float32 at nearly the speed of a copy (section 6). Equals fwht on each block. Raises ValueError as
+    check_block does, and TypeError for integers, which H does not keep whole: walsh does.
     """
+    if not x.is_floating_point():
+        raise TypeError(f"H x of {x.dtype} would not be integer; use walsh for R x, or x.float()")
     return _Transform.apply(x, dim, block, block**-0.5)
 
 
@@ -272,6 +274,7 @@ class IntOperand(NamedTuple):
     rows: torch.Tensor
     shifts: tuple                                    # of each digit; None: rows are whole, for the kernel of section 6
     shape: torch.Size                                # of the weights: (C_out, C_in, kh, kw) or (C_out, C_in)
+    x_max: float                                     # the largest activation that they may meet
 
 
 def _largest(x):
@@ -295,20 +298,21 @@ def int_operand(q_w, x_max=127, w_max=None):
     rows = rearrange(q_w, "O C kh kw -> O (kh kw C)") if q_w.ndim == 4 else q_w          # channels last: long runs to copy
     w_max = _largest(rows) if w_max is None else w_max
     if fast_gpu(q_w) and max(w_max, x_max) < 2**14:
-        return IntOperand(rows.to(_narrow(w_max)).contiguous(), None, q_w.shape)
+        return IntOperand(rows.to(_narrow(w_max)).contiguous(), None, q_w.shape, 2**14 - 1)
     limit = 32767 // (2 * (128 + min(x_max, 127)))
     digits = _digits(rows.to(torch.int32), w_max, limit, bits=6)
     rows = torch.cat([F.pad(d, (0, -d.shape[1] % 8, 0, -d.shape[0] % 8)) for d, _ in digits])
-    return IntOperand(rows, tuple(shift for _, shift in digits), q_w.shape)
+    return IntOperand(rows, tuple(shift for _, shift in digits), q_w.shape, x_max if x_max < 127 else math.inf)
 
 
 def int_linear(x, q_w, route="int8", x_max=None, scales=None):
-    """Exact integer product x (.., n) with weights (o, n) -> (.., o) int32; any integer dtypes, or an IntOperand.
+    """Exact integer product x (B, .., n) with weights (o, n) -> (B, .., o) int32; any integer dtypes, or an IntOperand.
 
     route "int8": int8 x int8 -> int32, digit by digit. CPU and CUDA.
     route "int64": the definition, on the CPU.
     x_max: the largest |x| possible; None looks, which makes the host wait for a GPU. scales: as in integer_accumulator.
-    Raises ValueError on a device that has no such product; TypeError where an operand is not integer.
+    Raises ValueError for another route, a device that has no such product, activations larger than those that weights
+    were prepared for; TypeError where an operand is not integer.
     """
     # A token is a pixel: (B, tokens, n) -> (B, n, tokens, 1), a view that is channels_last.
     pixels = x.reshape(len(x), math.prod(x.shape[1:-1]), x.shape[-1]).transpose(1, 2)[..., None]
@@ -331,15 +335,21 @@ def _int_product(x, q_w, route, x_max, kh, kw, stride, padding, scales):
     """x (B, C, h, w) -> (B h' w', C_out): im2col, then one exact integer product; on a fast_gpu without the copies."""
     if x.is_floating_point() or torch.is_tensor(q_w) and q_w.is_floating_point():
         raise TypeError("integer products take integer tensors, and one of these is float")
+    if route not in ("int8", "int64"):
+        raise ValueError(f"route {route!r} does not exist; choose int8 or int64")
     if route == "int64":
         if x.device.type != "cpu":
             raise ValueError("the int64 route runs on the cpu: no GPU multiplies int64 matrices")
+        if isinstance(q_w, IntOperand):
+            raise TypeError("the int64 route takes the weights themselves, not what int_operand made of them")
         rows = rearrange(q_w, "O C kh kw -> O (kh kw C)") if q_w.ndim == 4 else q_w
         return (int_columns(x, kh, kw, stride, padding).long() @ rows.long().T).to(torch.int32)
     if x.device.type not in ("cpu", "cuda"):
         raise ValueError(f"integer layers run on cpu and cuda, not on {x.device.type}; use --device cpu")
     x_max = _largest(x) if x_max is None else x_max
     w = q_w if isinstance(q_w, IntOperand) else int_operand(q_w, x_max)
+    if x_max > w.x_max:
+        raise ValueError(f"these weights were prepared for activations up to {w.x_max}, not {x_max}; pass that x_max to int_operand")
     if w.shifts is None:
         return _int_gpu(x.to(_narrow(x_max)), w.rows, kh, kw, stride, padding, scales)
     o, step, acc = w.shape[0], len(w.rows) // len(w.shifts), None
@@ -371,7 +381,9 @@ def int_columns(x, kh, kw, stride, padding):
 
 
 def pack_weights(q, bits):
-    """Integers 0 .. 2^bits - 1, any shape -> uint8 (bytes,): two a byte up to 4 bits (low half first), else one."""
+    """Integers 0 .. 2^bits - 1, any shape, up to 8 bits -> uint8 (bytes,): two a byte up to 4 bits (low half first), else one."""
+    if bits > 8:
+        raise ValueError(f"a byte does not hold {bits} bits; pack_weights takes up to 8")
     q = q.flatten().to(torch.uint8)
     if bits > 4:
         return q
@@ -387,6 +399,13 @@ def unpack_weights(packed, bits, shape):
 
 
 # ---------------------------------------------------------------- 4. the quantized layers
+
+def check_view(view):
+    """The view, "A" or "B"; ValueError where it is neither."""
+    if view not in ("A", "B"):
+        raise ValueError(f"view {view!r} does not exist; choose A or B")
+    return view
+
 
 class Clock:
     """Which DDIM step each sample is at. One for all layers of a network, set from t before every forward.
@@ -533,7 +552,8 @@ class HQLayer(nn.Module):
         if self._cache.get("of") is not self.q_w:                # another tensor after .to(device)
             self._cache = {"of": self.q_w}
         if key not in self._cache:
-            self._cache[key] = make()
+            with torch.inference_mode(False):        # kept for later calls, and those may need gradients
+                self._cache[key] = make()
         return self._cache[key]
 
     def _load_from_state_dict(self, *args):
@@ -590,7 +610,7 @@ class HQLayer(nn.Module):
         """
         if not self.on_grid:
             raise ValueError(f"a W{self.wbits}A{self.abits} layer has no integer form; use 2 to 8 bits for both")
-        view, x_max = view or self.view, self.q_x_max
+        view, x_max = check_view(view or self.view), self.q_x_max
         q_x = q_x.detach().to(_narrow(x_max))
         if self.rotation == "single" and view == "A":
             x_max = x_max * self.block
@@ -825,8 +845,7 @@ def set_integer(model, on=True, view="B"):
     found = layers(model)
     if on and not found:
         raise ValueError("this model has no quantized layer to run in integers: it is a float checkpoint")
-    if view not in ("A", "B"):
-        raise ValueError(f"view {view!r} does not exist; choose A or B")
+    check_view(view)
     for layer in found:
         if on and not layer.on_grid:
             raise ValueError(f"a W{layer.wbits}A{layer.abits} layer has no integer form; use 2 to 8 bits for both")
@@ -973,13 +992,14 @@ def _dense(x, dim):
     return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 and dim == 1 else torch.contiguous_format)
 
 
-def _walsh_gpu(x, dim, block, scale, dtype, ROWS=128):
+def _walsh_gpu(x, dim, block, scale, dtype):
     """scale R x along dim, block by block, read and written once; any float or integer dtype in, any out."""
     dim %= x.ndim
     check_block(x.shape[dim], block)
     side_by_side = x.ndim == 4 and dim == 1 and x.is_contiguous(memory_format=torch.channels_last)
     x = x if side_by_side else x.contiguous()
     y, vectors, inner = torch.empty_like(x, dtype=dtype), x.numel() // block, 1 if side_by_side else math.prod(x.shape[dim + 1:])
+    ROWS = 128 if block < 256 else 64                # 128 x 256 numbers do not fit a program's registers
     if vectors:
         _walsh_kernel[(triton.cdiv(vectors, ROWS),)](x, y, vectors, scale, inner, block, ROWS)
     return y

@@ -80,6 +80,12 @@ def test_walsh_of_large_integers(device):
     assert torch.equal(hqdm.walsh(q.to(device), -1, 32).cpu().long(), q.long() @ (dense(32) * math.sqrt(32)).round().long())
 
 
+def test_the_orthonormal_transform_refuses_integers():
+    """H x of integers is not integer: R x, which is, has a name of its own."""
+    with pytest.raises(TypeError, match="use walsh"):
+        hqdm.hadamard(torch.ones(2, 32, dtype=torch.int8))
+
+
 def test_single_numbers():
     """H of one outlier spreads it evenly: [32, 0, 0, ..] -> 32 / sqrt(32) everywhere."""
     x = torch.zeros(32)

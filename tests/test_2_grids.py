@@ -79,3 +79,5 @@ def test_packing_survives_a_round_trip(bits, shape):
     assert torch.equal(hqdm.unpack_weights(packed, bits, shape), q.to(torch.uint8))
     assert len(packed) == (-(-q.numel() // 2) if bits <= 4 else q.numel())
     assert hqdm.pack_weights(torch.tensor([3, 10]), 4).tolist() == [0xA3]
+    with pytest.raises(ValueError, match="9 bits"):
+        hqdm.pack_weights(torch.tensor([300]), 9)

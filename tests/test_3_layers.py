@@ -161,6 +161,23 @@ def test_one_step_serves_the_whole_batch(rotation, device):
     assert torch.equal(new(x), y)
 
 
+@pytest.mark.parametrize("integer", [False, True])
+def test_a_frozen_layer_has_gradients_after_inference(integer):
+    """What a frozen layer keeps is made once, perhaps in inference mode; later calls may still want the gradient of x."""
+    layer = hqdm.HQConv2d(nn.Conv2d(32, 8, 3), 4, 4)
+    layer.freeze()
+    x = torch.randn(1, 32, 5, 5)
+    with torch.inference_mode():
+        y = layer(x)
+        layer.integer = integer
+        assert torch.equal(layer(x), y)
+    layer.integer = False
+    x.requires_grad_()
+    assert torch.equal(layer(x), y)
+    layer(x).sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
 def test_gradients_reach_everything_that_is_learned():
     """LoRA, weight scale and activation scale all move; the bias and the float weight stay."""
     for rotation in hqdm.ROTATIONS:

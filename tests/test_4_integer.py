@@ -52,9 +52,26 @@ def test_the_least_number_of_a_type(dtype, device):
         assert torch.equal(hqdm.int_linear(x, w).cpu(), hqdm.int_linear(x.cpu(), w.cpu(), "int64"))
 
 
-def test_floats_are_refused():
+def test_what_is_no_integer_product_is_refused():
+    """Floats, routes and views that do not exist, and activations larger than those that weights were prepared for: never a wrong sum."""
+    x, w = torch.full((2, 8), 9, dtype=torch.int8), torch.full((3, 8), 2, dtype=torch.int8)
     with pytest.raises(TypeError, match="integer tensors"):
         hqdm.int_conv2d(torch.zeros(1, 8, 2, 2), torch.zeros(8, 8, 1, 1, dtype=torch.int8))
+    with pytest.raises(ValueError, match="'int16' does not exist; choose int8 or int64"):
+        hqdm.int_linear(x, w, "int16")
+    with pytest.raises(TypeError, match="the weights themselves"):
+        hqdm.int_linear(x, hqdm.int_operand(w), "int64")
+    prepared = hqdm.int_operand(w, x_max=3)
+    assert torch.equal(hqdm.int_linear(x // 3, prepared), hqdm.int_linear(x // 3, w, "int64"))
+    if prepared.shifts is not None:                              # CPUs; the kernel takes up to 14 bits whatever it was prepared for
+        with pytest.raises(ValueError, match="up to 3, not 9"):
+            hqdm.int_linear(x, prepared)
+    else:
+        with pytest.raises(ValueError, match="up to 16383, not 20000"):
+            hqdm.int_linear(x.int() + 19991, prepared)
+    layer = hqdm.HQLinear(nn.Linear(32, 8), 4, 4)
+    with pytest.raises(ValueError, match="view 'b' does not exist; choose A or B"):
+        layer.integer_accumulator(layer.quantize_input(torch.randn(2, 32))[0], "b")
 
 
 def test_an_empty_batch():
