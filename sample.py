@@ -19,6 +19,7 @@ import math
 import os
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -60,9 +61,11 @@ def read_checkpoint(path, kind=None):
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
+    whole = Path(path).read_bytes()     # a file that may not be read is not damaged: its OSError passes
     try:
-        whole = Path(path).read_bytes()
         whole = gzip.decompress(whole) if whole[:2] == b"\x1f\x8b" else whole
+        if bad := zipfile.ZipFile(io.BytesIO(whole)).testzip():                  # torch reads past a flipped bit
+            raise ValueError(f"{bad} has another checksum")
         ckpt = torch.load(io.BytesIO(whole), map_location="cpu", weights_only=True)
     except MemoryError:
         raise
@@ -202,9 +205,12 @@ class Judge(nn.Module):
 
 
 def load_judge(device="cpu", path=HERE / "checkpoints" / "judge.pt"):
-    """The bundled judge, in eval mode."""
-    judge = Judge()
-    judge.load_state_dict(read_checkpoint(path, kind=("judge",))["model"])
+    """The bundled judge, in eval mode. ValueError where the tensors do not fit, and as read_checkpoint raises it."""
+    judge, ckpt = Judge(), read_checkpoint(path, kind=("judge",))
+    try:
+        judge.load_state_dict(ckpt["model"])
+    except (RuntimeError, TypeError, KeyError, AttributeError) as e:
+        raise ValueError(f"{path} holds another network than the judge: {str(e).splitlines()[0]}") from None
     return judge.float().eval().to(device)
 
 
@@ -235,8 +241,10 @@ def score(images, labels, judge=None):
 
     images uint8 (N, 3, 32, 32), labels (N,). Returns a dict: c_fid (0 is best), c_is = exp(mean KL(p(y|x) || p(y)))
     (1 .. 10, Salimans et al. 2016, arXiv 1606.03498), accuracy: share that the judge sees as the class asked for,
-    None where no class was.
+    None where no class was. Raises ValueError for fewer than two pictures, which have no covariance.
     """
+    if len(images) < 2:
+        raise ValueError(f"{len(images)} picture has no scores; they need two or more")
     judge = judge or load_judge()
     logp, features = judge_images(judge, images)
     p = logp.exp()
@@ -270,7 +278,7 @@ def save_grids(path, grids, columns=16, zoom=2):
         ax = fig.add_axes((0, 1 - (i + 1) * (height + title) / total, 1, height / total))
         ax.imshow(grid, interpolation="nearest", aspect="auto")
         ax.set_axis_off()
-        fig.text(4 / width, 1 - (i * (height + title) + title * 0.75) / total, name, fontsize=10)
+        fig.text(4 / width, 1 - (i * (height + title) + title * 0.75) / total, name, fontsize=10, parse_math=False)
     part = Path(path).with_name(Path(path).name + ".tmp")
     fig.savefig(part, format="png")
     plt.close(fig)
@@ -296,9 +304,9 @@ def pick_device(name=None):
 
 
 def positive(text):
-    """argparse type: an integer above 0."""
-    if not text.lstrip("+-").isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    """argparse type: an integer from 1 up to 2^31 - 1."""
+    if not text.lstrip("+-").isdigit() or not 1 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number below {2**31}")
     return int(text)
 
 
@@ -310,14 +318,17 @@ def natural(text):
 
 
 def run_cli(main):
-    """Run a program: what the user can mend is one line on stderr and exit code 2."""
+    """Run a program: what the user can mend is one line on stderr and exit code 2; Ctrl-C is code 130."""
     try:
         main()
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as e:
         # A GPU without memory has a type of its own (a RuntimeError), a CPU without it only says so: "can't allocate memory".
         if isinstance(e, RuntimeError) and not isinstance(e, torch.cuda.OutOfMemoryError) and "allocate memory" not in str(e):
             raise                                    # a fault of ours: with its traceback, please
-        print(f"error: {(str(e) or type(e).__name__).splitlines()[0]}", file=sys.stderr)
+        print(f"error: {next(filter(str.strip, str(e).splitlines()), type(e).__name__)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -353,23 +364,33 @@ def main(argv=None):
     parser.add_argument("--device", help="cpu, cuda or mps (the fastest one here)")
     args = parser.parse_args(argv)
 
-    label = None
-    if args.label is not None:
-        if args.label not in CLASSES + ["none"]:
-            raise ValueError(f"--class {args.label} does not exist; choose from {', '.join(CLASSES)}, none")
-        label = (CLASSES + ["none"]).index(args.label)
+    if args.label not in [None, *CLASSES, "none"]:
+        raise ValueError(f"--class {args.label} does not exist; choose from {', '.join(CLASSES)}, none")
     if not math.isfinite(args.guidance) or args.guidance < 0:
         raise ValueError(f"--guidance {args.guidance} is not a number of 0 or more")
     if args.score and (args.n < 2 or args.out.endswith(".json")):
         raise ValueError("--score needs -n 2 or more, and an --out that is a picture: the scores go to a .json beside it")
-    for target in filter(lambda name: name is not None, [args.out, args.npz]):       # before the work, not after it
-        if not target or not os.access(Path(target).resolve().parent, os.W_OK) or Path(target).is_dir():
-            raise ValueError(f"cannot write {target}")
-    device = pick_device(args.device)
     paths = args.checkpoints or [HERE / "checkpoints" / "teacher.pt", HERE / "checkpoints" / "w4a3-single.pt"]
     if len(set(map(str, paths))) < len(paths):
         raise ValueError("a checkpoint is named twice")
+    targets = [args.out] + [args.npz] * (args.npz is not None)
+    for target in targets:                           # before the work, not after it
+        if not target or not os.access(Path(target).resolve().parent, os.W_OK) or Path(target).is_dir():
+            raise ValueError(f"cannot write {target}")
+    scores_file = Path(args.out).with_suffix(".json")
+    if args.score:
+        targets.append(scores_file)
+        if scores_file.exists() and (scores_file.is_dir() or '"scores"' not in scores_file.read_text()):
+            raise ValueError(f"{scores_file} is there and holds no scores; choose another --out")
+    if len({Path(f).resolve() for f in [*targets, *paths]}) < len(targets) + len(paths):
+        raise ValueError("--out, --npz, the scores' .json and the checkpoints must be different files")
+    device = pick_device(args.device)
     models = [load_model(path, device) for path in paths]                # all of them first: a bad one fails at once
+    for path, model in zip(paths, models):
+        if args.label in CLASSES[model.classes:]:
+            raise ValueError(f"--class {args.label} is none of the {model.classes} classes of {path}")
+        if args.integer and (hqdm.layers(model) or not any(map(hqdm.layers, models))):
+            hqdm.set_integer(model, True)            # a float model among quantized ones stays float, to compare with
     args.steps = args.steps or trained_steps(dict(zip(paths, models)))
     for path, model in zip(paths, models):
         if hasattr(model, "clock") and not torch.equal(model.clock.timesteps, ddim_timesteps(args.steps)):
@@ -378,8 +399,7 @@ def main(argv=None):
     grids, scores, first, began = {}, {}, None, time.time()
     judge = load_judge(device) if args.score else None
     for path, model in zip(paths, models):
-        if args.integer and (hqdm.layers(model) or not any(map(hqdm.layers, models))):
-            hqdm.set_integer(model, True)            # a float model among quantized ones stays float, to compare with
+        label = None if args.label is None else model.classes if args.label == "none" else CLASSES.index(args.label)
         start = said = time.time()
         def progress(done):
             nonlocal said
@@ -404,7 +424,7 @@ def main(argv=None):
         for path, s in scores.items():
             accuracy = "-" if s["accuracy"] is None else f"{s['accuracy']:.3f}"
             print(f"{path[-44:]:44s} {s['c_fid']:7.3f} {s['c_is']:6.3f} {accuracy:>9s} {s['psnr']:8.2f}")
-        Path(args.out).with_suffix(".json").write_text(
+        scores_file.write_text(
             json.dumps({"scores": scores, **provenance(args, device, time.time() - began)}, indent=1) + "\n")
 
 

@@ -30,6 +30,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ import torch.nn.functional as F
 
 import hqdm
 from sample import (HERE, draw, load_model, natural, noise_and_labels, pick_device, positive, provenance, read_checkpoint,
-                    recorded, run_cli, save_checkpoint, save_grids, score)
+                    load_judge, recorded, run_cli, save_checkpoint, save_grids, score)
 from unet import UNet, ddim, ddim_timesteps, ddpm_loss
 
 # ---------------------------------------------------------------- the data: CIFAR-10's own binary files, no pickle
@@ -103,10 +104,13 @@ def download_cifar10(dir="data", url=CIFAR10_URL):
                 for member in tar:
                     if member.isfile() and os.path.basename(member.name) in CIFAR10_MD5:
                         (tmp / os.path.basename(member.name)).write_bytes(tar.extractfile(member).read())
-        except (tarfile.TarError, EOFError, OSError) as e:
+        except (tarfile.TarError, zlib.error, EOFError, OSError) as e:
             raise ValueError(f"{url} is not a whole tar archive: {e}") from None
         (tmp / "archive.tar.gz").unlink()
-        load_cifar10(tmp), load_cifar10(tmp, test=True)         # md5 of every file
+        try:
+            load_cifar10(tmp), load_cifar10(tmp, test=True)     # md5 of every file
+        except (OSError, ValueError) as e:                      # not an OSError, which find_data takes for a lack of network
+            raise ValueError(f"{url} is not CIFAR-10 as it should be: {str(e).replace(str(tmp), 'it')}") from None
         keep = tmp / "cifar-10-batches-bin"
         keep.mkdir()
         for name in list(CIFAR10_MD5)[:6]:
@@ -349,14 +353,17 @@ def teacher_updates(model, ema, optimizer, images, labels, steps, batch, seed, f
         yield result
 
 
-def scored(updates, model, first, args, out, n=5000):
+def scored(updates, model, judge, first, args, out, n=5000):
     """The same updates; every --score-every steps the model (the EMA) draws n pictures, and curve.json gets their scores."""
     path = out / "curve.json"
-    rows = [r for r in json.loads(path.read_text()) if r["step"] <= first] if path.is_file() else []
+    try:
+        rows = [r for r in json.loads(path.read_text()) if r["step"] <= first] if path.is_file() else []
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{path} is damaged; move it away to begin a new curve") from None
     for step, result in enumerate(updates, start=first + 1):
-        if step % args.score_every == 0 or step == args.steps:
+        if (step % args.score_every == 0 or step == args.steps) and torch.stack(result).isfinite().all():     # NaN: run_updates stops
             model.eval()
-            rows.append({"step": step, "images": step * args.batch, "n": n, **score(*draw(model, n, args.ddim_steps, seed=args.seed))})
+            rows.append({"step": step, "images": step * args.batch, "n": n, **score(*draw(model, n, args.ddim_steps, seed=args.seed), judge)})
             path.write_text(json.dumps(rows, indent=1) + "\n")
             print(f"after {step * args.batch / 1e6:.1f} M images: C-FID {rows[-1]['c_fid']:.2f}, C-IS {rows[-1]['c_is']:.3f}, "
                   f"class accuracy {rows[-1]['accuracy']:.3f}", flush=True)
@@ -381,6 +388,9 @@ def train_teacher(args, device, out):
     """`python train.py`: the float model, its EMA weights saved in half precision."""
     images, labels = (t.to(device) for t in first_alone(lambda: find_data(args.data)))
     args.images = len(images)                       # a setting: a resumed run must not go on with other data
+    if abs(mean_over_processes(torch.tensor(float(len(images)), device=device)) - len(images)) > 0.5:
+        raise ValueError("the processes found different data; pass --data FOLDER")
+    judge = load_judge(device) if args.score_every else None
     state = read_state(args, out)
     torch.manual_seed(args.seed)
     model = UNet().to(device, memory_format=torch.channels_last)
@@ -392,7 +402,7 @@ def train_teacher(args, device, out):
     began = time.time() - spent
     updates = teacher_updates(model, ema, optimizer, images, labels, args.steps, args.batch, args.seed, len(losses))
     if args.score_every and world()[0] == 0:
-        updates = scored(updates, ema, len(losses), args, out)
+        updates = scored(updates, ema, judge, len(losses), args, out)
     run_updates(updates, losses, args.steps, args.batch, lambda: store(args, out, parts, losses, time.time() - began))
     seconds = time.time() - began
     if world()[0] > 0:
@@ -511,7 +521,7 @@ def train_quantized(args, device, out):
     state = {k: v.cpu() for k, v in student.state_dict().items()}
     save_checkpoint(out / "model.pt", kind="quantized", unet=student.config, quant=quant, model=state)
     finish(args, device, out, losses, time.time() - began,
-           {"float": teacher, out.name: load_model(out / "model.pt", device)},
+           {"float": teacher, f"W{args.wbits}A{args.abits} {args.rotation}": load_model(out / "model.pt", device)},
            {"eps_error_untrained": before, "eps_error": after, "layers": rows,
             "bytes": os.path.getsize(out / "model.pt")})
 
@@ -571,7 +581,8 @@ def finish(args, device, out, losses, seconds, models, more):
     ax.semilogy(losses, color="0.8", linewidth=0.8, label="each step")
     ax.semilogy(np.arange(window - 1, len(losses)), np.convolve(losses, np.ones(window) / window, "valid"),
                 label=f"mean of {window} steps")
-    ax.set(xlabel="step", ylabel="mean squared error of the noise", title=out.name)
+    ax.set(xlabel="step", ylabel="mean squared error of the noise")
+    ax.set_title(out.name, parse_math=False)
     ax.legend()
     fig.savefig(out / "loss.png", dpi=100)
     plt.close(fig)
@@ -589,12 +600,17 @@ def open_out(args, name):
         if not (out / "last.pt").is_file():
             raise FileNotFoundError(f"nothing to resume in {out}: it has no last.pt")
         return out
-    if any((out / f).exists() for f in ("last.pt", "model.pt")):
-        if args.out:
-            raise ValueError(f"{out} already holds a run: go on with --resume, or choose another --out")
-        out = next(p for i in range(2, 10_000) if not (p := out.with_name(f"{out.name}-{i}")).exists())
+    if args.out and any((out / f).exists() for f in ("last.pt", "model.pt", "metrics.json", "curve.json", "loss.png", "samples.png")):
+        raise ValueError(f"{out} already holds a run: go on with --resume, or choose another --out")
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        if args.out:
+            out.mkdir(parents=True, exist_ok=True)
+        while not args.out:                         # two runs that start together take two names: only one can make a folder
+            try:
+                out.mkdir(parents=True)
+                break
+            except FileExistsError:
+                out = next(p for i in range(2, 10_000) if not (p := out.with_name(f"{name}-{i}")).exists())
         (out / ".write").touch()
         (out / ".write").unlink()
     except OSError as e:
@@ -607,10 +623,10 @@ def main(argv=None):
     method = parser.add_argument_group("method (both bits 32: train the float teacher)")
     method.add_argument("--wbits", type=int, default=32, help="bits of the weights, 2..8 or 32 (32)")
     method.add_argument("--abits", type=int, default=32, help="bits of the activations, 2..8 or 32 (32)")
-    method.add_argument("--rotation", default="single", choices=hqdm.ROTATIONS, help="the Hadamard transform (single)")
-    method.add_argument("--block", type=positive, default=32, help="channels that one transform mixes, a power of two (32)")
-    method.add_argument("--rank", type=positive, default=32, help="of the LoRA factors (32)")
-    method.add_argument("--order", default="pool", choices=("pool", "trajectory"), help="of the training steps (pool)")
+    method.add_argument("--rotation", choices=hqdm.ROTATIONS, help="the Hadamard transform (single)")
+    method.add_argument("--block", type=positive, help="channels that one transform mixes, a power of two (32)")
+    method.add_argument("--rank", type=positive, help="of the LoRA factors (32)")
+    method.add_argument("--order", choices=("pool", "trajectory"), help="of the training steps (pool)")
     method.add_argument("--ddim-steps", type=positive, help="steps of the sampler, one activation scale each (50; cpu 10)")
     training = parser.add_argument_group("training")
     training.add_argument("--steps", type=positive, help="updates (defaults depend on the device and are printed)")
@@ -619,7 +635,7 @@ def main(argv=None):
     training.add_argument("--seed", type=natural, default=0)
     training.add_argument("--score-every", type=positive, help="teacher: score 5,000 pictures every so many steps (never)")
     files = parser.add_argument_group("files and device")
-    files.add_argument("--teacher", default=str(HERE / "checkpoints" / "teacher.pt"), help="float checkpoint to quantize")
+    files.add_argument("--teacher", help="float checkpoint to quantize (the bundled one)")
     files.add_argument("--data", help="folder with CIFAR-10's .bin files, or the address of their archive (data)")
     files.add_argument("--out", help="folder of the run (runs/NAME)")
     files.add_argument("--resume", action="store_true", help="go on with the run in --out, or with the latest of its name")
@@ -629,30 +645,47 @@ def main(argv=None):
     for name, bits in (("wbits", args.wbits), ("abits", args.abits)):
         if bits != 32 and not 2 <= bits <= 8:
             raise ValueError(f"--{name} {bits} is not possible; choose 2 to 8, or 32 for float")
-    if args.score_every and (args.wbits, args.abits) != (32, 32):
+    quantized = (args.wbits, args.abits) != (32, 32)
+    if quantized and args.score_every:
         raise ValueError("--score-every is for the teacher; a quantized model is scored by sample.py --score")
+    if quantized and args.data is not None:
+        raise ValueError("--data is for the teacher; a quantized model learns from the teacher alone")
+    for key, value in dict(rotation="single", block=32, rank=32, order="pool", teacher=str(HERE / "checkpoints" / "teacher.pt")).items():
+        if not quantized and getattr(args, key) is not None:
+            raise ValueError(f"--{key} is for a quantized model; give --wbits and --abits with it")
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    if args.out == "":
+        raise ValueError("--out is empty; give it a folder")
     if args.lr is not None and not 0 < args.lr <= 1e4:
         raise ValueError(f"--lr {args.lr} is not a positive number up to 10,000")
     device = start_processes(pick_device(args.device))
-    quantized = (args.wbits, args.abits) != (32, 32)
     full = device.type != "cpu"
     defaults = (dict(ddim_steps=50 if full else 10, steps=1000 if full else 300, batch=128 if full else 4, lr=1.0) if quantized
                 else dict(ddim_steps=50, steps=11_000 if full else 100, batch=512 if full else 8, lr=8e-4))
     for key, value in defaults.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
+    ddim_timesteps(args.ddim_steps)                 # refuses now what the pictures could not use after the training
     if args.batch % world()[1]:
         raise ValueError(f"--batch {args.batch} cannot be shared by {world()[1]} processes; choose a multiple")
-    outs = [open_out(args, f"w{args.wbits}a{args.abits}-{args.rotation}" if quantized else "teacher") if world()[0] == 0 else None]
-    if world()[1] > 1:                              # process 0 chose the folder
+    existed, outs = args.out is not None and Path(args.out).is_dir(), [None]
+    if world()[0] == 0:
+        try:
+            outs = [open_out(args, f"w{args.wbits}a{args.abits}-{args.rotation}" if quantized else "teacher")]
+        except (ValueError, OSError) as e:
+            outs = [e]
+    if world()[1] > 1:                              # process 0 chose the folder, or found none
         dist.broadcast_object_list(outs)
     out = outs[0]
+    if isinstance(out, Exception):
+        raise out
     print(f"device {device}; {'full' if full else 'short (no GPU)'} run: --steps {args.steps} --batch {args.batch} "
           f"--lr {args.lr:g} --ddim-steps {args.ddim_steps}; into {out}", flush=True)
     try:
         (train_quantized if quantized else train_teacher)(args, device, out)
     finally:
-        if world()[0] == 0 and not any(out.iterdir()):           # refused before anything was written
+        if world()[0] == 0 and not existed and not any(out.iterdir()):       # refused before anything was written
             out.rmdir()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import hqdm
 import sample
-from unet import ddim_timesteps
+from unet import UNet, ddim_timesteps
 
 TIMES = ddim_timesteps(4).tolist()
 BUNDLED = ["teacher.pt", "w4a3-single.pt", "w4a3-none.pt"]
@@ -148,6 +148,11 @@ def test_bad_checkpoints_are_refused_and_not_run(tmp_path):
     refused("damaged")
     path.write_bytes(b"")
     refused("damaged")
+    torch.save({"format": 1, **good}, path)                      # not compressed, as a run's own state: one bit flips
+    flipped = bytearray(path.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    path.write_bytes(flipped)
+    refused("damaged")
     torch.save({"format": 1, "kind": "float", "model": Trap()}, path)
     refused("nothing of it was run")
     path.write_bytes(pickle.dumps(Trap(), protocol=2))
@@ -163,6 +168,8 @@ def test_bad_checkpoints_are_refused_and_not_run(tmp_path):
     refused("conv_in.bias holds values that are not finite")
     sample.save_checkpoint(path, kind="judge", model={})
     refused("'judge' checkpoint")
+    with pytest.raises(ValueError, match="another network than the judge"):
+        sample.load_judge(path=path)
     path.unlink()
     refused("no checkpoint at", FileNotFoundError)
 
@@ -217,6 +224,11 @@ def test_inception_score_by_hand(p, expected):
     cov = torch.from_numpy(np.cov(features, rowvar=False))
     expected = sample.frechet_distance(torch.from_numpy(features.mean(0)), cov, torch.zeros(256).double(), torch.eye(256).double())
     assert math.isclose(scores["c_fid"], expected, rel_tol=1e-9)
+
+
+def test_one_picture_has_no_scores():
+    with pytest.raises(ValueError, match="two or more"):
+        sample.score(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.zeros(1, dtype=torch.long))
 
 
 def test_psnr_of_a_known_error():
@@ -328,6 +340,33 @@ def test_files_that_sample_writes(checkpoint, tmp_path, capsys):
     assert arrays["arr_0"].shape == (4, 32, 32, 3) and arrays["arr_0"].dtype == np.uint8 and arrays["arr_1"].tolist() == [3] * 4
     assert out.read_bytes()[:4] == b"\x89PNG" and report["settings"]["seed"] == 0
     assert report["scores"][str(checkpoint)]["psnr"] == 99 and report["hardware"] and report["date"]
+
+
+def test_sample_writes_over_nothing_but_its_own(checkpoint, tmp_path, capsys):
+    """Targets that are one file, a checkpoint as a target, a .json of something else: refused before the work, the file as it was."""
+    before, metrics = checkpoint.read_bytes(), tmp_path / "metrics.json"
+    metrics.write_text("{}")
+    for argv in (["--out", checkpoint], ["--out", tmp_path / "a.png", "--npz", checkpoint], ["--out", tmp_path / "a.png", "--npz", tmp_path / "a.png"],
+                 ["--score", "--out", tmp_path / "a.png", "--npz", tmp_path / "a.json"], ["--score", "--out", tmp_path / "metrics.png"]):
+        code, err = run(capsys, checkpoint, "-n", 2, "--steps", 1, "--device", "cpu", *argv)
+        assert code == 2 and ("different files" in err or "holds no scores" in err)
+    assert checkpoint.read_bytes() == before and metrics.read_text() == "{}" and not (tmp_path / "a.png").exists()
+
+
+def test_names_are_no_mathematics(tmp_path):
+    """A $ in a path is printed, not parsed."""
+    sample.save_grids(tmp_path / "a.png", {"a$_$b/model.pt": torch.zeros(1, 3, 32, 32, dtype=torch.uint8)})
+    assert (tmp_path / "a.png").stat().st_size > 500
+
+
+def test_classes_are_the_models_own(tmp_path, capsys):
+    """A network with five classes knows no dog, and its "none" is number 5."""
+    small = UNet(channels=32, mults=(1, 2), blocks=1, classes=5)
+    sample.save_checkpoint(tmp_path / "five.pt", kind="float", unet=small.config, model=small.state_dict())
+    argv = [tmp_path / "five.pt", "-n", 1, "--steps", 1, "--device", "cpu", "--out", tmp_path / "s.png", "--npz", tmp_path / "s.npz", "--class"]
+    code, err = run(capsys, *argv, "dog")
+    assert code == 2 and "none of the 5 classes" in err
+    assert run(capsys, *argv, "none")[0] == 0 and np.load(tmp_path / "s.npz")["arr_1"].tolist() == [5]
 
 
 def test_integer_flag_keeps_float_models_as_they_are(tmp_path, capsys):

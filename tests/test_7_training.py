@@ -72,6 +72,10 @@ def test_download_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises((ValueError, OSError)):
         train.download_cifar10(tmp_path / "cut", url)
     assert list((tmp_path / "cut").iterdir()) == []
+    with tarfile.open(archive, "w:gz") as tar:                   # whole, but not all of CIFAR-10: not what find_data takes for a lack of network
+        tar.add(BIN, "cifar-10-batches-bin/data_batch_1.bin")
+    with pytest.raises(ValueError, match="not CIFAR-10 as it should be: no data_batch_2.bin in it"):
+        train.download_cifar10(tmp_path / "cut", url)
     with pytest.raises(OSError, match="could not fetch"):
         train.download_cifar10(tmp_path / "cut", (tmp_path / "nowhere.tar.gz").as_uri())
 
@@ -279,14 +283,22 @@ def test_teacher_sees_images_and_mirror_images():
 def test_scores_along_the_way(tmp_path, monkeypatch):
     """--score-every N: a row of curve.json after every N steps and after the last; a resumed run keeps the rows it had reached."""
     monkeypatch.setattr(train, "draw", lambda model, n, *args, **kwargs: (check(not model.training), n))
-    monkeypatch.setattr(train, "score", lambda _, n: {"c_fid": 1.0, "c_is": 2.0, "accuracy": 0.5})
+    monkeypatch.setattr(train, "score", lambda _, n, judge: {"c_fid": 1.0, "c_is": 2.0, "accuracy": 0.5})
     args = argparse.Namespace(score_every=2, steps=5, batch=8, ddim_steps=3, seed=0)
-    updates = train.scored(iter("abcde"), small_unet().train(), 0, args, tmp_path)
+    pairs = {letter: (torch.tensor(float(i)), torch.tensor(1.0)) for i, letter in enumerate("abcde")}
+    def scored(letters, model, first):
+        return ("abcde"[int(pair[0])] for pair in train.scored((pairs[letter] for letter in letters), model, None, first, args, tmp_path))
+    updates = scored("abcde", small_unet().train(), 0)
     assert next(updates) + next(updates) == "ab" and json.loads((tmp_path / "curve.json").read_text())[-1]["step"] == 2  # before step 2 is saved
     assert list(updates) == list("cde")
     assert [(r["step"], r["images"]) for r in json.loads((tmp_path / "curve.json").read_text())] == [(2, 16), (4, 32), (5, 40)]
-    assert list(train.scored(iter("de"), small_unet(), 3, args, tmp_path)) == list("de") and (tmp_path / "curve.png").stat().st_size > 1000
+    assert list(scored("de", small_unet(), 3)) == list("de") and (tmp_path / "curve.png").stat().st_size > 1000
     assert [r["step"] for r in json.loads((tmp_path / "curve.json").read_text())] == [2, 4, 5]
+    nan = (torch.tensor(math.nan), torch.tensor(1.0))            # not drawn from and not scored: run_updates says which step it was
+    assert list(train.scored(iter([nan]), small_unet(), None, 3, args, tmp_path)) == [nan]
+    (tmp_path / "curve.json").write_text("[{")
+    with pytest.raises(ValueError, match="curve.json is damaged"):
+        next(scored("a", small_unet(), 0))
 
 
 def test_rates_of_both_trainings():
@@ -436,12 +448,32 @@ def test_two_processes_share_one_batch(teacher_file, tmp_path):
     (["--block", "0"], "not a positive number"), (["--steps", "0"], "not a positive number"), (["--batch", "-1"], "not a positive number"),
     (["--lr", "nan"], "not a positive number"), (["--score-every", "3"], "is for the teacher"), (["--teacher", "/no/teacher.pt"], "no teacher at"), (["--device", "tpu"], "choose from cpu"),
     (["--ddim-steps", "1001"], "outside 1 .. 1000"), (["--rotation", "triple"], "invalid choice"), (["--out", "/proc/x"], "cannot write"),
-    (["--resume"], "nothing to resume")])
+    (["--resume"], "nothing to resume"), (["--data", "data"], "is for the teacher"), (["--batch", "9" * 20], "not a positive number"), (["--out", ""], "--out is empty")])
 def test_bad_input_is_one_line_and_exit_code_2(more, message, teacher_file, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         train.run_cli(lambda: train.main(arguments(teacher_file, tmp_path / "x", *more)))
     err = capsys.readouterr().err
     assert stop.value.code == 2 and message in err.splitlines()[-1] and "Traceback" not in err
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--rotation", "single"], "--rotation is for a quantized model"), (["--teacher", "t.pt"], "--teacher is for a quantized model"),
+    (["--ddim-steps", "1001"], "outside 1 .. 1000"), (["--data", "nowhere"], "no data_batch_1.bin")])
+def test_the_teacher_refuses_before_it_trains(argv, message, tmp_path, monkeypatch, capsys):
+    """Options of the other training, and what the pictures at the end could not use. A folder that was there before stays."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        train.run_cli(lambda: train.main(["--device", "cpu", "--steps", "1", "--out", "mine", *argv]))
+    assert stop.value.code == 2 and message in capsys.readouterr().err and (tmp_path / "mine").is_dir()
+
+
+def test_files_that_are_there_are_a_run(teacher_file, tmp_path):
+    """A folder with a metrics.json of somebody's is not written into."""
+    (tmp_path / "metrics.json").write_text("precious")
+    with pytest.raises(ValueError, match="already holds a run"):
+        train.main(arguments(teacher_file, tmp_path))
+    assert (tmp_path / "metrics.json").read_text() == "precious"
 
 
 def test_a_run_is_never_written_over(finished, teacher_file, tmp_path, capsys):
@@ -472,6 +504,19 @@ def test_resume_without_out_takes_the_latest_run_of_its_name(tmp_path, monkeypat
     (tmp_path / "runs" / "w4a3-other" / "last.pt").touch()
     args.resume = True
     assert [f.name for f in folders] == ["w4a3", "w4a3-2", "w4a3-3", "w4a3-4"] and train.open_out(args, "w4a3").name == "w4a3-3"
+
+
+def test_two_runs_that_start_together_take_two_folders(tmp_path, monkeypatch):
+    """The second finds the first one's folder still empty, and leaves it alone."""
+    monkeypatch.chdir(tmp_path)
+    args = argparse.Namespace(out=None, resume=False)
+    assert [train.open_out(args, "w4a3").name for _ in range(3)] == ["w4a3", "w4a3-2", "w4a3-3"]
+
+
+def test_ctrl_c_is_one_word(capsys):
+    with pytest.raises(SystemExit) as stop:
+        sample.run_cli(lambda: fail(KeyboardInterrupt()))
+    assert stop.value.code == 130 and capsys.readouterr().err == "stopped\n"
 
 
 def test_lack_of_memory_is_one_line(capsys):
