@@ -12,6 +12,14 @@ def test_grid_values():
     assert hqdm.grid(4, False) == (0, 15) and hqdm.grid(3, False) == (0, 7) and hqdm.grid(8, False) == (0, 255)
 
 
+def test_zero_is_on_the_grid_of_rows_without_it():
+    """Rows in [3, 4] and [-4, -3]: the grid still reaches 0, at one of its ends, and no value is off by more than a step."""
+    v = torch.rand(6, 200) + torch.tensor([[3.], [3.], [3.], [-4.], [-4.], [-4.]])
+    s, z = hqdm.search_scale(v, 4, False, 2.4)
+    assert ((v - s * hqdm.quantize(v, s, z, 4, False)).abs().amax(1, keepdim=True) <= s).all()
+    assert (z[:3] == 0).all() and (z[3:] == 15).all()
+
+
 def test_quantize_picks_the_nearest_grid_point():
     """s q is the nearest of all grid points, found here by trying every one."""
     v = torch.linspace(-5, 5, 999)

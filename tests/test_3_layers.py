@@ -237,6 +237,9 @@ def test_zero_point_stays_on_the_grid():
     new.log_s_x.data -= 3                                        # so fine a grid that values are clipped at its end
     q_x, _ = new.quantize_input(x)
     assert q_x.min() >= 0 and q_x.abs().max() <= new.q_x_max
+    new.z_x.data.fill_(400.0)                                    # and one past the grid's end at that end
+    assert new.quantize_input(x)[0].max() <= 0
+    new.z_x.data.fill_(-3.0)
     y = new(x)
     new.integer = True
     assert torch.equal(new(x), y)
@@ -273,6 +276,72 @@ def test_a_layer_compiles_in_one_piece(monkeypatch):
     monkeypatch.setattr(hqdm, "INTERPRETED", False)              # nobody compiles for Triton's interpreter
     new, x, _ = layer("linear", "double", 4, 3)
     assert torch.equal(torch.compile(new, backend="eager", fullgraph=True)(x), new(x))
+
+
+@pytest.mark.parametrize("rotation", ["none", "single"])
+def test_fitted_scale_has_the_least_squared_error(rotation):
+    """Of x itself for none, of H x for single: no scale from half to twice as large is better by more than 2 % (a sample was searched)."""
+    torch.manual_seed(0)
+    new = hqdm.HQConv2d(nn.Conv2d(64, 4, 3), 4, 3, rotation)
+    x = torch.randn(4, 64, 8, 8) * (1 + 9 * (torch.arange(64) == 3))[:, None, None]      # one loud channel
+    new.fit_input(x)
+    v, z = (x, new.z_x) if rotation == "none" else (hqdm.hadamard(x), 0)
+    def error(factor):
+        s = new.log_s_x.exp().detach() * factor
+        return (v - s * hqdm.quantize(v, s, z, 3, rotation != "none")).square().mean().item()
+    assert error(1) <= 1.02 * min(map(error, torch.linspace(0.5, 2, 50)))
+
+
+def test_fitted_scale_looks_everywhere():
+    """A quiet picture first, loud ones after it: hardly anything is clipped."""
+    new = hqdm.HQConv2d(nn.Conv2d(32, 4, 3), 4, 4)
+    x = torch.cat([0.01 * torch.randn(2, 32, 32, 32), 5 * torch.randn(2, 32, 32, 32)])
+    new.fit_input(x)
+    assert (new.quantize_input(x)[0][2:].abs() == 7).float().mean() < 0.1
+
+
+def test_no_bias_is_a_bias_of_zero():
+    bare, zero = nn.Conv2d(32, 8, 1, bias=False), nn.Conv2d(32, 8, 1)
+    zero.weight.data = bare.weight.data
+    nn.init.zeros_(zero.bias)
+    x = torch.randn(2, 32, 4, 4)
+    assert torch.equal(hqdm.HQConv2d(bare)(x), hqdm.HQConv2d(zero)(x))
+
+
+def test_half_precision_inputs_are_taken_as_float32():
+    new, x = hqdm.HQConv2d(nn.Conv2d(32, 8, 1), 4, 4), torch.randn(2, 32, 4, 4).bfloat16()
+    new.fit_input(x.float())
+    assert torch.equal(new(x), new(x.float()))
+
+
+def test_float_weights_learn_and_freeze():
+    """W32: y = conv(H (s_x q_x), W + B A); freezing, twice too, changes nothing and leaves nothing to learn."""
+    torch.manual_seed(0)
+    new, x = hqdm.HQConv2d(nn.Conv2d(32, 8, 3), 32, 4), torch.randn(2, 32, 5, 5)
+    nn.init.normal_(new.lora_B, std=0.05)
+    new.fit_input(x)
+    w = new.weight + (new.lora_B @ new.lora_A.flatten(1)).view_as(new.weight)
+    q, s = new.quantize_input(x)
+    y = new(x)
+    assert_close(y, F.conv2d(hqdm.hadamard(q * s), w, new.bias), rtol=1e-4, atol=1e-4)
+    new.freeze(), new.freeze()
+    assert torch.equal(new(x), y) and not any(p.requires_grad for p in new.parameters())
+
+
+def test_other_integers_are_noticed():
+    """What a frozen layer keeps belongs to its q_w: another tensor in its place, as after .to(device), is read anew."""
+    a, b = (hqdm.HQConv2d(nn.Conv2d(32, 8, 1), 4, 4) for _ in "ab")
+    a.freeze(), b.freeze()
+    x = torch.randn(2, 32, 3, 3)
+    a(x)
+    a.q_w, a.s_w, a.z_w, a.bias = b.q_w.clone(), b.s_w, b.z_w, b.bias
+    assert torch.equal(a(x), b(x))
+
+
+@pytest.mark.parametrize("kwargs", [dict(groups=2), dict(dilation=2), dict(padding=1, padding_mode="circular"), dict(padding=(1, 0)), dict(padding="same")])
+def test_other_convolutions_are_refused(kwargs):
+    with pytest.raises(ValueError, match="one number each"):
+        hqdm.HQConv2d(nn.Conv2d(64, 8, 3, **kwargs))
 
 
 def test_uneven_strides_are_refused():

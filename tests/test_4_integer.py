@@ -165,6 +165,21 @@ def test_views_multiply_what_they_say(monkeypatch):
     assert torch.equal(seen[1][0].float(), q_x) and torch.equal(seen[1][1].float(), hqdm.walsh(q_w))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layer, wbits, abits", [(nn.Linear(1024, 64), 7, 8), (nn.Conv2d(64, 8, 3), 8, 8), (nn.Conv2d(128, 8, 3), 8, 8), (nn.Conv2d(256, 8, 3), 8, 8)])
+def test_odd_sums_past_2_to_the_24(layer, wbits, abits, device):
+    """All operands at or one below their largest: sums that no float32 sum keeps, odd ones too; with a gradient and without."""
+    torch.manual_seed(0)
+    layer = (hqdm.HQLinear if layer.weight.ndim == 2 else hqdm.HQConv2d)(layer, wbits, abits, "none")
+    q_w = layer.q_w_max - torch.randint(0, 2, layer.shape)
+    q_x = layer.q_x_max - torch.randint(0, 2, (9, 1024) if len(layer.shape) == 2 else (3, layer.shape[1], 6, 6))
+    oracle = layer.multiply(q_x.double(), q_w.double()).float()
+    q_x, q_w = q_x.float().to(device), q_w.float().to(device)
+    assert layer.bound >= 2**24
+    for x in (q_x, q_x.clone().requires_grad_()):
+        assert torch.equal(layer.accumulator(x, q_w).cpu(), oracle)
+
+
 @pytest.mark.parametrize("block", [1, 32])
 def test_the_bound_is_reached_but_never_passed(block):
     """sqrt(k) taps q_x_max q_w_max: equality for all-equal operands without rotation; with rotation random signs stay below."""
@@ -182,6 +197,34 @@ def test_sums_too_long_are_refused(width, rotation, message):
     """Before anything runs: sums that could pass 2^31, and sums too long for the float32 form."""
     with pytest.raises(ValueError, match=message):
         hqdm.HQLinear(nn.Linear(width, 1), 8, 8, rotation)
+
+
+def test_oblong_pictures_and_filters():
+    """5 x 6 x 9 numbers and 3 x 1 filters, stride 2: height and width are not mixed up."""
+    q_x, q_w = torch.randint(-7, 8, (2, 5, 6, 9)), torch.randint(-9, 10, (3, 5, 3, 1))
+    for route in ("int8", "int64"):
+        assert torch.equal(hqdm.int_conv2d(q_x, q_w, 2, 1, route).long(), conv_int64(q_x, q_w, 2, 1))
+
+
+def test_weights_that_are_all_alike():
+    """A row of equal weights is what R gathers: the operands of view B are as large as they can be."""
+    conv, x = nn.Conv2d(32, 8, 3), torch.randn(3, 32, 5, 5) * 3
+    conv.weight.data[0] = 1.0
+    layer = hqdm.HQConv2d(conv, 4, 4)
+    layer.fit_input(x)
+    fake = layer(x)
+    assert layer.operand()[0].abs().max() > 400
+    layer.integer = True
+    for layer.view in "AB":
+        assert torch.equal(layer(x), fake)
+
+
+def test_integers_on_and_off(unet):
+    hqdm.quantize_unet(unet, 4, 3, block=16)
+    hqdm.set_integer(unet, True, "A")
+    assert all(layer.integer and layer.view == "A" for layer in hqdm.layers(unet))
+    hqdm.set_integer(unet, False)
+    assert not any(layer.integer for layer in hqdm.layers(unet))
 
 
 def test_views_need_no_float():

@@ -119,6 +119,68 @@ def test_loss_of_a_perfect_network_is_zero():
     assert U.ddpm_loss(Oracle(x_0), x_0, torch.zeros(8, dtype=torch.long), 10).item() < 1e-6
 
 
+def test_loss_draws_every_time_and_a_tenth_of_the_labels():
+    """t over all of 0 .. 999, label "none" for each sample by a coin of its own, and min-SNR with gamma = 5 unless told."""
+    seen = {}
+    def spy(x, t, y):
+        seen.update(t=t, y=y)
+        return x
+    torch.manual_seed(0)
+    loss = U.ddpm_loss(spy, torch.zeros(20_000, 3, 1, 1), torch.zeros(20_000, dtype=torch.long), 10)
+    assert len(seen["t"].unique()) == 1000 and abs((seen["y"] == 10).double().mean() - 0.1) < 0.01
+    torch.manual_seed(0)
+    assert loss == U.ddpm_loss(spy, torch.zeros(20_000, 3, 1, 1), torch.zeros(20_000, dtype=torch.long), 10, drop=0.1, gamma=5.0)
+
+
+class Linear(torch.nn.Module):
+    """The simplest network: eps = factor * x, for the label "none" alone."""
+    classes = 10
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x, t, y):
+        assert y.tolist() == [10] * len(x)
+        return self.factor * x
+
+
+def test_a_step_is_eq_12():
+    """x_s = sqrt(abar_s) x_0 + sqrt(1 - abar_s) eps with the x_0 and eps of the step before; without labels the class is "none"."""
+    last = None
+    for t, x, eps, x_0 in U.ddim(Linear(3), torch.randn(1, 3, 8, 8), steps=5):
+        if last is not None:
+            abar = float(U.alpha_bars()[t])
+            assert_close(x, math.sqrt(abar) * last[1] + math.sqrt(1 - abar) * last[0])
+        last = eps, x_0
+
+
+def test_noise_comes_from_the_generator():
+    a, b = ([x for _, x, _, _ in U.ddim(Linear(1), torch.ones(1, 3, 8, 8), steps=3, eta=1.0, generator=torch.Generator().manual_seed(0))] for _ in "ab")
+    assert torch.equal(a[-1], b[-1])
+
+
+def test_timesteps_are_rounded():
+    assert U.ddim_timesteps(50).tolist() == [round(999 - 999 * i / 49) for i in range(50)]
+
+
+def test_time_embedding_by_hand():
+    """Frequencies 10,000^(-i / (width / 2)): sines first, then cosines."""
+    e = U.time_embedding(torch.tensor([0, 7]), 8)
+    assert_close(e[1], torch.tensor([f(7 / 10_000 ** (i / 4)) for f in (math.sin, math.cos) for i in range(4)]))
+
+
+def test_a_new_network():
+    """The last matrix of every block is 0, so that training starts near the identity; dropout works in training."""
+    fresh = U.UNet(channels=32, mults=(1, 2), blocks=1)
+    zero = [name for name, p in fresh.named_parameters() if p.ndim > 1 and not p.any()]
+    assert zero == [name for name, _ in fresh.named_parameters() if name.endswith(("conv2.weight", "proj.weight", "conv_out.weight"))]
+    noisy = U.UNet(channels=32, mults=(1,), blocks=1, dropout=0.9).train().mid1
+    torch.nn.init.normal_(noisy.conv2.weight)
+    x = torch.randn(1, 32, 4, 4)
+    assert not torch.equal(noisy(x, torch.zeros(1, 128)), noisy(x, torch.zeros(1, 128)))
+
+
 @pytest.mark.parametrize("gamma", [5.0, math.inf])
 def test_loss_weighs_by_min_snr(gamma):
     """ddpm_loss = mean of min(snr, gamma) / snr * (eps - prediction)^2 over the samples, in float64; gamma = inf is the plain mean."""

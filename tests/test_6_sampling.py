@@ -185,6 +185,12 @@ def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         sample.save_checkpoint(tmp_path / "c.pt", kind="judge", model={1: 2})
     assert (tmp_path / "c.pt").read_bytes() == before
+    (tmp_path / "c.pt.tmp").unlink()
+    for error in (RuntimeError("file write failed"), OSError("no space left")):          # a full disk, in torch's words and the system's
+        monkeypatch.setattr(torch, "save", lambda *_, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(OSError, match="could not write"):
+            sample.save_checkpoint(tmp_path / "c.pt", kind="judge", model={1: 2})
+        assert [p.name for p in tmp_path.iterdir()] == ["c.pt"] and (tmp_path / "c.pt").read_bytes() == before
 
 
 def test_noise_of_a_picture_depends_on_seed_and_index_alone():
@@ -200,6 +206,17 @@ def test_frechet_distance_of_known_gaussians():
     A, B = turn @ torch.diag(a**2) @ turn.T, turn @ torch.diag(b**2) @ turn.T
     assert_close(sample.frechet_distance(m, A, 0 * m, B), float((m**2).sum() + ((a - b) ** 2).sum()), rtol=1e-9, atol=1e-9)
     assert abs(sample.frechet_distance(m, A, m, A)) < 1e-9
+
+
+def test_calibration_leaves_the_teacher_alone():
+    """Later calls of the teacher refit nothing; every step and layer got a scale; t is found by name as well as by place."""
+    student, teacher, _ = quantized()
+    before = copy.deepcopy(student.state_dict())
+    assert not any(module._forward_pre_hooks for module in teacher.modules())
+    assert all((layer.log_s_x != 0).all() for layer in hqdm.layers(student))
+    x, t, y = torch.randn(2, 3, 32, 32), torch.tensor([999, 0]), torch.tensor([1, 10])
+    assert torch.equal(student(x, t, y), student(x, y=y, t=t))
+    assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
 
 
 class Stub(sample.Judge):
@@ -220,6 +237,8 @@ def test_inception_score_by_hand(p, expected):
     scores = sample.score(torch.zeros(20, 3, 32, 32, dtype=torch.uint8), p.argmax(1), judge)
     assert math.isclose(scores["c_is"], expected, rel_tol=1e-5) and scores["accuracy"] == 1
     assert sample.score(torch.zeros(20, 3, 32, 32, dtype=torch.uint8), torch.full((20,), 10), judge)["accuracy"] is None     # no class asked for
+    mixed = torch.where(torch.arange(20) % 2 == 0, 10, p.argmax(1))                      # for every second picture none was
+    assert sample.score(torch.zeros(20, 3, 32, 32, dtype=torch.uint8), mixed, judge)["accuracy"] == 1
     features = judge(torch.zeros(20, 1))[1].double().numpy()
     cov = torch.from_numpy(np.cov(features, rowvar=False))
     expected = sample.frechet_distance(torch.from_numpy(features.mean(0)), cov, torch.zeros(256).double(), torch.eye(256).double())
@@ -235,6 +254,42 @@ def test_psnr_of_a_known_error():
     """Off by 1 everywhere: 20 log10(255) = 48.13 dB."""
     a = torch.full((2, 3, 4, 4), 100, dtype=torch.uint8)
     assert abs(sample.psnr(a, a + 1) - 48.1308) < 1e-3 and sample.psnr(a, a) == 99
+    a[1] += 9                                                    # the mean is of decibels, picture by picture
+    assert abs(sample.psnr(a, torch.full_like(a, 99)) - (48.1308 + 28.1308) / 2) < 1e-3
+
+
+class Net(torch.nn.Module):
+    """A network of one line that remembers what it was asked."""
+    classes = 10
+
+    def __init__(self):
+        super().__init__()
+        self.p, self.seen = torch.nn.Parameter(torch.zeros(1)), []
+
+    def forward(self, x, t, y):
+        self.seen.append((int(t[0]), y.tolist()))
+        return 0.3 * x + 0.01 * y.view(-1, 1, 1, 1)
+
+
+def test_draw():
+    """All times, all pictures, the same ones at every batch size; seeds differ; class 0 is a class."""
+    net = Net()
+    whole, labels = sample.draw(net, 5, 3, seed=7)
+    assert [t for t, _ in net.seen] == [999, 500, 0] and labels.tolist() == [0, 1, 2, 3, 4]
+    assert torch.equal(sample.draw(net, 5, 3, seed=7, batch=2)[0], whole) and not torch.equal(sample.draw(net, 5, 3)[0], whole)
+    assert sample.draw(net, 2, 3, label=0)[1].tolist() == [0, 0]
+
+
+def test_grids_show_the_pictures(tmp_path):
+    """Read back, every second pixel of the PNG is the picture, in its place, in its colours."""
+    import matplotlib.pyplot as plt
+    a = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
+    sample.save_grids(tmp_path / "g.png", {"a": a, "b": 255 - a[:3]}, columns=3, zoom=2)
+    png = torch.from_numpy((plt.imread(tmp_path / "g.png")[..., :3] * 255).round()).to(torch.uint8)
+    for block, pictures in enumerate((a, 255 - a[:3])):
+        for i, picture in enumerate(pictures):
+            top, left = (block + 1) * 28 + block * 128 + i // 3 * 64, i % 3 * 64         # 28 pixels of title, two rows of 64
+            assert torch.equal(png[top:top + 64:2, left:left + 64:2].permute(2, 0, 1), picture)
 
 
 def test_pictures_that_are_not_finite_are_refused():
@@ -313,11 +368,18 @@ def run(capsys, *argv):
         return e.code, capsys.readouterr().err
 
 
-@pytest.fixture
-def checkpoint(tmp_path):
+@pytest.fixture(scope="module")
+def quantized_bytes(tmp_path_factory):
     student, _, quant = quantized()
     hqdm.freeze(student)
-    sample.save_checkpoint(tmp_path / "q.pt", kind="quantized", unet=student.config, quant=quant, model=student.state_dict())
+    path = tmp_path_factory.mktemp("quantized") / "q.pt"
+    sample.save_checkpoint(path, kind="quantized", unet=student.config, quant=quant, model=student.state_dict())
+    return path.read_bytes()
+
+
+@pytest.fixture
+def checkpoint(quantized_bytes, tmp_path):
+    (tmp_path / "q.pt").write_bytes(quantized_bytes)
     return tmp_path / "q.pt"
 
 
@@ -351,6 +413,24 @@ def test_sample_writes_over_nothing_but_its_own(checkpoint, tmp_path, capsys):
         code, err = run(capsys, checkpoint, "-n", 2, "--steps", 1, "--device", "cpu", *argv)
         assert code == 2 and ("different files" in err or "holds no scores" in err)
     assert checkpoint.read_bytes() == before and metrics.read_text() == "{}" and not (tmp_path / "a.png").exists()
+
+
+def test_options_arrive(checkpoint, tmp_path, monkeypatch):
+    """What the command line says is what draw gets; the npz holds the last checkpoint's pictures, PSNR is to the first one's."""
+    teacher = small_unet()
+    sample.save_checkpoint(tmp_path / "f.pt", kind="float", unet=teacher.config, model=teacher.state_dict())
+    calls, pictures = [], torch.randint(0, 256, (2, 2, 3, 32, 32), dtype=torch.uint8)
+    def draw(model, n, steps, label, guidance, seed, progress):
+        calls.append((n, steps, label, guidance, seed, {layer.integer for layer in hqdm.layers(model)}))
+        return pictures[len(calls) - 1], torch.full((n,), label)
+    monkeypatch.setattr(sample, "draw", draw)
+    argv = [tmp_path / "f.pt", checkpoint, "-n", 2, "--steps", 3, "--class", "none", "--guidance", 2, "--seed", 7, "--integer", "--score",
+            "--npz", tmp_path / "s.npz", "--out", tmp_path / "s.png", "--device", "cpu"]
+    sample.main([str(a) for a in argv])
+    assert calls == [(2, 3, 10, 2.0, 7, set()), (2, 3, 10, 2.0, 7, {True})]
+    assert np.array_equal(np.load(tmp_path / "s.npz")["arr_0"], pictures[1].permute(0, 2, 3, 1).numpy())
+    scores = json.loads((tmp_path / "s.json").read_text())["scores"]
+    assert scores[str(checkpoint)]["psnr"] == sample.psnr(pictures[1], pictures[0])
 
 
 def test_names_are_no_mathematics(tmp_path):
