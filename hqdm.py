@@ -118,7 +118,8 @@ def full_float32(device):
             yield
         return
     # torch 2.9 gave these settings a name for each library, and refuses the old common name to programs that use the new.
-    matmuls = [m for m in (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)) if hasattr(m, "fp32_precision")]
+    mkldnn = torch.backends.mkldnn                   # cuDNN's convolutions may use TF32: see HQLayer.accumulator
+    matmuls = [m for m in (torch.backends.cuda.matmul, getattr(mkldnn, "matmul", None), getattr(mkldnn, "conv", None)) if hasattr(m, "fp32_precision")]
     old = [m.fp32_precision for m in matmuls] or torch.get_float32_matmul_precision()
     for m in matmuls:
         m.fp32_precision = "ieee"

@@ -67,7 +67,7 @@ class ResBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         # The shortcut is a plain wire unless the width changes.
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)            # each block starts as the identity: deep nets train from step 1
+        nn.init.zeros_(self.conv2.weight)            # each block starts near the identity: deep nets train from step 1
 
     def forward(self, x, emb):
         r = self.conv1(F.silu(self.norm1(x)))                            # (B, c_out, h, w)

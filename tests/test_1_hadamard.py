@@ -111,9 +111,11 @@ def test_block_that_does_not_divide_is_refused_with_choices():
 
 
 def wish():
-    """(what this program asked of float32 matrix products, what "no TF32" is called), in old and new torch."""
-    matmul = torch.backends.cuda.matmul
-    return (matmul.fp32_precision, "ieee") if hasattr(matmul, "fp32_precision") else (torch.get_float32_matmul_precision(), "highest")
+    """(what this program asked of float32 products, what "no TF32, no bf16" is called), in old and new torch."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        return torch.get_float32_matmul_precision(), "highest"
+    parts = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
+    return [part.fp32_precision for part in parts], ["ieee"] * 3
 
 
 @pytest.mark.parametrize("api", ["old", "new"])
@@ -125,6 +127,8 @@ def test_no_tf32_inside(api, monkeypatch):
         torch.set_float32_matmul_precision("medium")
     elif hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         torch.backends.cuda.matmul.fp32_precision = "tf32"       # from here on torch refuses to read the old setting
+        monkeypatch.setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16")
+        monkeypatch.setattr(torch.backends.mkldnn.conv, "fp32_precision", "bf16")
     before = wish()[0]
     try:
         hqdm.hadamard(torch.randn(2, 32), 1, 8)                  # a block that no kernel takes
