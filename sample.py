@@ -341,6 +341,20 @@ def provenance(args, device, seconds):
             "date": time.strftime("%Y-%m-%d"), "seconds": round(seconds, 1)}
 
 
+def check_out(*paths):
+    """ValueError where one of the files could not be written: to be called before the work, not after it."""
+    for path in paths:
+        if not path or not os.access(Path(path).resolve().parent, os.W_OK) or Path(path).is_dir():
+            raise ValueError(f"cannot write {path}")
+
+
+def write_json(path, report):
+    """Like save_checkpoint: whole or not there, so that a kill loses nothing of what the file had."""
+    part = Path(path).with_name(Path(path).name + ".tmp")
+    part.write_text(json.dumps(report, indent=1) + "\n")
+    os.replace(part, path)
+
+
 def trained_steps(models):
     """{path: model} -> the DDIM steps that its quantized models were trained for, 50 where none is. ValueError where they differ."""
     steps = {str(path): len(model.clock.timesteps) for path, model in models.items() if hasattr(model, "clock")}
@@ -374,9 +388,7 @@ def main(argv=None):
     if len(set(map(str, paths))) < len(paths):
         raise ValueError("a checkpoint is named twice")
     targets = [args.out] + [args.npz] * (args.npz is not None)
-    for target in targets:                           # before the work, not after it
-        if not target or not os.access(Path(target).resolve().parent, os.W_OK) or Path(target).is_dir():
-            raise ValueError(f"cannot write {target}")
+    check_out(*targets)
     scores_file = Path(args.out).with_suffix(".json")
     if args.score:
         targets.append(scores_file)
@@ -424,8 +436,7 @@ def main(argv=None):
         for path, s in scores.items():
             accuracy = "-" if s["accuracy"] is None else f"{s['accuracy']:.3f}"
             print(f"{path[-44:]:44s} {s['c_fid']:7.3f} {s['c_is']:6.3f} {accuracy:>9s} {s['psnr']:8.2f}")
-        scores_file.write_text(
-            json.dumps({"scores": scores, **provenance(args, device, time.time() - began)}, indent=1) + "\n")
+        write_json(scores_file, {"scores": scores, **provenance(args, device, time.time() - began)})
 
 
 if __name__ == "__main__":

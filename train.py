@@ -40,7 +40,7 @@ import torch.nn.functional as F
 
 import hqdm
 from sample import (HERE, draw, load_model, natural, noise_and_labels, pick_device, positive, provenance, read_checkpoint,
-                    load_judge, recorded, run_cli, save_checkpoint, save_grids, score)
+                    load_judge, recorded, run_cli, save_checkpoint, save_grids, score, write_json)
 from unet import UNet, ddim, ddim_timesteps, ddpm_loss
 
 # ---------------------------------------------------------------- the data: CIFAR-10's own binary files, no pickle
@@ -330,20 +330,25 @@ def update_ema(ema, model, step):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), max(1e-4, 9 / (10 + step)))
 
 
-def teacher_updates(model, ema, optimizer, images, labels, steps, batch, seed, first=0, shape="cosine", loss=ddpm_loss):
+def teacher_updates(model, ema, optimizer, images, labels, steps, batch, seed, first=0, shape="cosine", loss=ddpm_loss, late=0):
     """Train `model` and its average `ema` in place: a generator of (loss, gradient norm) after each of the steps first .. steps-1.
 
     images uint8 (N, 3, 32, 32), labels (N,), both on the model's device. shape: of the decay. loss: as ddpm_loss.
+    late: the first step with the model's dropout, for a network that overfits only in the end (Liu et al. 2023, arXiv 2303.01500).
     """
     device, net = images.device, compiled(spread(model), images.device, steps)
+    dropouts = [(m, m.p) for m in model.modules() if isinstance(m, torch.nn.Dropout)]
     model.train()
 
     def compute_loss(x_0, y):
         with autocast(device):
             return loss(net, x_0, y, model.classes, rows=my_rows())
 
-    update = updater(optimizer, compute_loss, device)
     for step in range(first, steps):
+        if step in (first, late):                    # anew: on a GPU a step keeps the dropout with which it was recorded
+            for m, p in dropouts:
+                m.p = p if step >= late else 0.0
+            update = updater(optimizer, compute_loss, device)
         seed_step(seed, step)
         pick = torch.randint(len(images), (batch,), device=device)
         x_0 = images[pick].float() / 127.5 - 1
@@ -364,7 +369,7 @@ def scored(updates, model, judge, first, args, out, n=5000):
         if (step % args.score_every == 0 or step == args.steps) and torch.stack(result).isfinite().all():     # NaN: run_updates stops
             model.eval()
             rows.append({"step": step, "images": step * args.batch, "n": n, **score(*draw(model, n, args.ddim_steps, seed=args.seed), judge)})
-            path.write_text(json.dumps(rows, indent=1) + "\n")
+            write_json(path, rows)
             print(f"after {step * args.batch / 1e6:.1f} M images: C-FID {rows[-1]['c_fid']:.2f}, C-IS {rows[-1]['c_is']:.3f}, "
                   f"class accuracy {rows[-1]['accuracy']:.3f}", flush=True)
             plot_curve(rows, out / "curve.png")
@@ -393,14 +398,14 @@ def train_teacher(args, device, out):
     judge = load_judge(device) if args.score_every else None
     state = read_state(args, out)
     torch.manual_seed(args.seed)
-    model = UNet().to(device, memory_format=torch.channels_last)
+    model = UNet(dropout=args.dropout).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = adamw([{"params": list(model.parameters()), "base_lr": args.lr}], device)
     print(f"float teacher: {sum(p.numel() for p in model.parameters()):,} parameters, {len(images):,} images", flush=True)
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
     losses, spent = restore(state, out, parts)
     began = time.time() - spent
-    updates = teacher_updates(model, ema, optimizer, images, labels, args.steps, args.batch, args.seed, len(losses))
+    updates = teacher_updates(model, ema, optimizer, images, labels, args.steps, args.batch, args.seed, len(losses), late=args.dropout_from)
     if args.score_every and world()[0] == 0:
         updates = scored(updates, ema, judge, len(losses), args, out)
     run_updates(updates, losses, args.steps, args.batch, lambda: store(args, out, parts, losses, time.time() - began))
@@ -572,7 +577,7 @@ def finish(args, device, out, losses, seconds, models, more):
     each = math.ceil(len(losses) / 10_000)          # a long run's losses are kept as means of so many updates: 80,000 would be 2 MB
     kept = losses if each == 1 else [round(float(np.mean(losses[i:i + each])), 6) for i in range(0, len(losses), each)]
     metrics = {**provenance(args, device, seconds), "processes": world()[1], **more, "updates_per_loss": each, "losses": kept}
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    write_json(out / "metrics.json", metrics)
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -633,6 +638,8 @@ def main(argv=None):
     training.add_argument("--batch", type=positive, help="images an update, of all processes together")
     training.add_argument("--lr", type=float, help="teacher: the learning rate; HQ-DM: a factor of its four rates (1)")
     training.add_argument("--seed", type=natural, default=0)
+    training.add_argument("--dropout", type=float, help="teacher: share of features that each block drops, 0 to below 1 (0)")
+    training.add_argument("--dropout-from", type=natural, help="teacher: the first update with dropout (0)")
     training.add_argument("--score-every", type=positive, help="teacher: score 5,000 pictures every so many steps (never)")
     files = parser.add_argument_group("files and device")
     files.add_argument("--teacher", help="float checkpoint to quantize (the bundled one)")
@@ -650,6 +657,12 @@ def main(argv=None):
         raise ValueError("--score-every is for the teacher; a quantized model is scored by sample.py --score")
     if quantized and args.data is not None:
         raise ValueError("--data is for the teacher; a quantized model learns from the teacher alone")
+    if quantized and (args.dropout is not None or args.dropout_from is not None):
+        raise ValueError("--dropout is for the teacher; a quantized model has none")
+    if args.dropout is not None and not 0 <= args.dropout < 1:
+        raise ValueError(f"--dropout {args.dropout} is not a share from 0 to below 1")
+    if args.dropout_from is not None and not args.dropout:
+        raise ValueError("--dropout-from needs a --dropout above 0")
     for key, value in dict(rotation="single", block=32, rank=32, order="pool", teacher=str(HERE / "checkpoints" / "teacher.pt")).items():
         if not quantized and getattr(args, key) is not None:
             raise ValueError(f"--{key} is for a quantized model; give --wbits and --abits with it")
@@ -662,7 +675,7 @@ def main(argv=None):
     device = start_processes(pick_device(args.device))
     full = device.type != "cpu"
     defaults = (dict(ddim_steps=50 if full else 10, steps=1000 if full else 300, batch=128 if full else 4, lr=1.0) if quantized
-                else dict(ddim_steps=50, steps=11_000 if full else 100, batch=512 if full else 8, lr=8e-4))
+                else dict(ddim_steps=50, steps=11_000 if full else 100, batch=512 if full else 8, lr=8e-4, dropout=0.0, dropout_from=0))
     for key, value in defaults.items():
         if getattr(args, key) is None:
             setattr(args, key, value)

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import hqdm  # noqa: E402
 import train  # noqa: E402
-from sample import HERE as ROOT, draw, load_model, pick_device, positive, provenance, run_cli  # noqa: E402
+from sample import HERE as ROOT, draw, load_model, pick_device, positive, provenance, run_cli, write_json  # noqa: E402
 from unet import UNet, add_noise  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -385,6 +385,7 @@ def chart(report, path):
             ax.barh([k for k, _ in pairs][::-1], [v for _, v in pairs][::-1], color="C0")
             ax.set_title(f"{name}: {title}", fontsize=9)
             ax.tick_params(labelsize=7)
+            ax.locator_params(axis="x", nbins=6)
         lines = parts.get("growth", [])
         for what in dict.fromkeys(r["what"] for r in lines):
             row[4].loglog(*zip(*[(r["length"], r["ms"]) for r in lines if r["what"] == what]), "o-", markersize=3, label=what)
@@ -413,7 +414,7 @@ def main():
         entry["parts"][part] = rows
         entry["figures"].update(figures)
         entry["provenance"][part] = provenance(args, device, time.time() - start)
-        path.write_text(json.dumps(report, indent=1) + "\n")                 # after each part: a kill loses one
+        write_json(path, report)                                             # after each part: a kill loses one
     chart(report, HERE / "bench.png")
 
 

@@ -5,7 +5,11 @@
 The runs and their scores come from `bash experiments/all.sh quantized curve`: W4A3, seed 0, one run a point.
 """
 import json
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from sample import run_cli, write_json  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 RUNS = HERE.parent / "runs"
@@ -48,11 +52,11 @@ def plot(report, path):
 
 def main():
     report = collect()
-    (HERE / "curve.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json(HERE / "curve.json", report)
     plot(report, HERE / "curve.png")
     for r in sorted(report["rows"], key=lambda r: (r["order"], r["steps"])):
         print(f"{r['order']:10s} {r['steps']:5d} {r['rotation']:6s} C-FID {r['c_fid']:6.1f}  C-IS {r['c_is']:.2f}  eps error {r['eps_error']:.5f}")
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

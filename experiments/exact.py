@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import hqdm  # noqa: E402
-from sample import draw, load_model, noise_and_labels, pick_device, positive, provenance, run_cli  # noqa: E402
+from sample import check_out, draw, load_model, noise_and_labels, pick_device, positive, provenance, run_cli, write_json  # noqa: E402
 from unet import ddim  # noqa: E402
 
 
@@ -56,6 +56,7 @@ def main():
     parser.add_argument("--out", help="a JSON file for the counts; without it they are only printed")
     parser.add_argument("--device")
     args = parser.parse_args()
+    check_out(*[args.out] * (args.out is not None))
     device, start, rows = pick_device(args.device), time.time(), {}
     for path in args.checkpoints:
         model = load_model(path, device)
@@ -74,7 +75,7 @@ def main():
         print(path, json.dumps(row), flush=True)
     if args.out:
         report = {"checkpoints": rows, **provenance(args, device, time.time() - start)}
-        Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
+        write_json(args.out, report)
 
 
 if __name__ == "__main__":

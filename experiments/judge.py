@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import Judge, judge_images, pick_device, positive, provenance, run_cli, save_checkpoint  # noqa: E402
+from sample import Judge, check_out, judge_images, pick_device, positive, provenance, run_cli, save_checkpoint, write_json  # noqa: E402
 from train import autocast, load_cifar10  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -49,6 +49,8 @@ def main():
     parser.add_argument("--out", default="runs/judge/model.pt", help="checkpoint; a .json with its accuracy goes beside it")
     parser.add_argument("--device")
     args = parser.parse_args()
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    check_out(args.out, Path(args.out).with_suffix(".json"))
     device, start = pick_device(args.device), time.time()
     torch.manual_seed(args.seed)
 
@@ -97,7 +99,7 @@ def main():
     save_checkpoint(args.out, kind="judge", model=state, test_accuracy=accuracy)
     result = {"test_accuracy": accuracy, "n": len(test_labels), "parameters": sum(p.numel() for p in judge.parameters()),
               **provenance(args, device, time.time() - start)}
-    Path(args.out).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    write_json(Path(args.out).with_suffix(".json"), result)
     print(json.dumps(result), flush=True)
 
 

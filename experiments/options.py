@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
-from sample import draw, pick_device, positive, provenance, run_cli, score  # noqa: E402
+from sample import check_out, draw, pick_device, positive, provenance, run_cli, score, write_json  # noqa: E402
 from unet import UNet  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -56,6 +56,7 @@ def main():
     parser.add_argument("--out", default=str(HERE / "options.json"))
     parser.add_argument("--device")
     args = parser.parse_args()
+    check_out(args.out)
     device, start = pick_device(args.device), time.time()
     images, labels = (v.to(device) for v in train.find_data(args.data))
     for name in args.rows:
@@ -65,7 +66,7 @@ def main():
         row["provenance"] = provenance(args, device, time.time() - start)
         report = json.loads(Path(args.out).read_text()) if Path(args.out).is_file() else {"rows": {}}
         report["rows"][name] = row
-        Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
+        write_json(args.out, report)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import hqdm  # noqa: E402
-from sample import load_model, pick_device, positive, provenance, run_cli  # noqa: E402
+from sample import check_out, load_model, pick_device, positive, provenance, run_cli, write_json  # noqa: E402
 from train import HERE, adamw, distil_updates, eps_error, make_pool, pool_batches  # noqa: E402
 from unet import ddim_timesteps  # noqa: E402
 
@@ -35,6 +35,7 @@ def main():
     parser.add_argument("--out", help="a JSON file; without it the rows are only printed")
     parser.add_argument("--device")
     args = parser.parse_args()
+    check_out(*[args.out] * (args.out is not None))
     device, start = pick_device(args.device), time.time()
     teacher = load_model(HERE / "checkpoints" / "teacher.pt", device).requires_grad_(False)
     calib, pool, test = (make_pool(teacher, n, args.ddim_steps, seed) for n, seed in ((8, 1), (64, 2), (16, 3)))
@@ -56,7 +57,7 @@ def main():
         print(rows[-1], flush=True)
     if args.out:
         report = {"rates": hqdm.RATES, "rows": rows, **provenance(args, device, time.time() - start)}
-        Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
+        write_json(args.out, report)
 
 
 if __name__ == "__main__":

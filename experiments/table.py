@@ -10,6 +10,9 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from sample import run_cli  # noqa: E402
+
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 
@@ -113,7 +116,7 @@ def main():
         if "--write" not in sys.argv:
             print(make())
         elif start not in text or end not in text:
-            sys.exit(f"README.md has no markers for {name}")
+            raise ValueError(f"README.md has no markers for {name}")
         else:
             head, _, rest = text.partition(start)
             text = head + start + make() + end + rest.partition(end)[2]
@@ -122,4 +125,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

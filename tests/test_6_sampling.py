@@ -415,6 +415,21 @@ def test_sample_writes_over_nothing_but_its_own(checkpoint, tmp_path, capsys):
     assert checkpoint.read_bytes() == before and metrics.read_text() == "{}" and not (tmp_path / "a.png").exists()
 
 
+def test_a_report_is_whole_or_not_there(tmp_path, monkeypatch):
+    """A report that cannot be finished leaves the old one as it was; a place where nothing can be written is known before."""
+    path = tmp_path / "a.json"
+    sample.write_json(path, {"a": 1})
+    with monkeypatch.context() as m:
+        m.setattr(sample.os, "replace", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            sample.write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+    sample.check_out(path, str(tmp_path / "new"))
+    for bad in ("", tmp_path, tmp_path / "no" / "a.json"):
+        with pytest.raises(ValueError, match="cannot write"):
+            sample.check_out(path, bad)
+
+
 def test_options_arrive(checkpoint, tmp_path, monkeypatch):
     """What the command line says is what draw gets; the npz holds the last checkpoint's pictures, PSNR is to the first one's."""
     teacher = small_unet()

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 import hqdm
 import sample
 import train
-from unet import ddim_timesteps
+from unet import UNet, ddim_timesteps
 
 BIN = ROOT / "checkpoints" / "cifar10-1k.bin"
 
@@ -208,8 +208,14 @@ def test_training_leaves_its_files_and_helps(finished):
 def test_resume_is_exact(kind, finished, teacher_file, tmp_path, monkeypatch):
     """Killed after a save and resumed: the same losses, bit for bit, as the run that was never killed. Both trainings."""
     if kind == "teacher":
-        monkeypatch.setattr(train, "UNet", lambda: small_unet())
-        argv = ["--steps", "8", "--batch", "4", "--device", "cpu", "--ddim-steps", "2", "--data"]
+        def unet(dropout):
+            model = small_unet()
+            for m in model.modules():
+                if isinstance(m, torch.nn.Dropout):
+                    m.p = dropout
+            return model
+        monkeypatch.setattr(train, "UNet", unet)
+        argv = ["--steps", "8", "--batch", "4", "--device", "cpu", "--ddim-steps", "2", "--dropout", "0.2", "--dropout-from", "3", "--data"]
         (tmp_path / "data").mkdir()
         make_archive(tmp_path / "data", monkeypatch)
         argv += [str(tmp_path / "data"), "--out"]
@@ -310,6 +316,22 @@ def test_teacher_sees_images_and_mirror_images():
     assert model.training
 
 
+def test_late_dropout():
+    """late = 3: three updates as without dropout, bit for bit, then others; a run that starts at step 3 or later has it at once."""
+    images, labels = train.load_bundled()
+    def losses(dropout, first=0, late=0):
+        model = UNet(channels=32, mults=(1,), blocks=1, attention=(), dropout=dropout)
+        torch.manual_seed(0)
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.05)
+        optimizer, ema = torch.optim.SGD([{"params": list(model.parameters()), "base_lr": 1e-3}]), copy.deepcopy(model)
+        return [loss.item() for loss, _ in train.teacher_updates(model, ema, optimizer, images, labels, 5, 4, 0, first, late=late)]
+    none, half, late = losses(0.0), losses(0.5), losses(0.5, late=3)
+    assert late[:3] == none[:3] and late[3] != none[3] and half[0] != none[0]
+    assert losses(0.5, first=3, late=3) == losses(0.5, first=3, late=0) != losses(0.0, first=3)
+    assert losses(0.5, first=3, late=5) == losses(0.0, first=3)
+
+
 def test_scores_along_the_way(tmp_path, monkeypatch):
     """--score-every N: a row of curve.json after every N steps and after the last; a resumed run keeps the rows it had reached."""
     monkeypatch.setattr(train, "draw", lambda model, n, *args, **kwargs: (check(not model.training), n))
@@ -358,6 +380,16 @@ def test_options_of_a_quantized_run_arrive(order, teacher_file, tmp_path, monkey
     assert [g["base_lr"] for g in optimizer.param_groups] == [g["base_lr"] for g in hqdm.parameter_groups(student, 2.0)]
     assert batches.gi_code.co_name == f"{order}_batches" and batches.gi_frame.f_locals["seed"] == 3 and steps == 8
     assert all((layer.log_s_x != 0).all() for layer in hqdm.layers(student))
+
+
+def test_dropout_of_the_teacher_arrives(tmp_path, monkeypatch):
+    def look(model, *args, late):
+        assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.25} and late == 7
+        raise StopAsyncIteration
+    monkeypatch.setattr(train, "teacher_updates", look)
+    monkeypatch.setattr(train, "find_data", lambda _: train.load_bundled())
+    with pytest.raises(StopAsyncIteration):
+        train.main(["--device", "cpu", "--dropout", "0.25", "--dropout-from", "7", "--out", str(tmp_path / "x")])
 
 
 def test_noises_of_a_run_are_its_own(teacher_file, tmp_path, monkeypatch):
@@ -492,7 +524,7 @@ def test_two_processes_share_one_batch(teacher_file, tmp_path):
     (["--block", "0"], "not a positive number"), (["--steps", "0"], "not a positive number"), (["--batch", "-1"], "not a positive number"),
     (["--lr", "nan"], "not a positive number"), (["--score-every", "3"], "is for the teacher"), (["--teacher", "/no/teacher.pt"], "no teacher at"), (["--device", "tpu"], "choose from cpu"),
     (["--ddim-steps", "1001"], "outside 1 .. 1000"), (["--rotation", "triple"], "invalid choice"), (["--out", "/proc/x"], "cannot write"),
-    (["--resume"], "nothing to resume"), (["--data", "data"], "is for the teacher"), (["--batch", "9" * 20], "not a positive number"), (["--out", ""], "--out is empty")])
+    (["--resume"], "nothing to resume"), (["--data", "data"], "is for the teacher"), (["--dropout", "0.1"], "is for the teacher"), (["--batch", "9" * 20], "not a positive number"), (["--out", ""], "--out is empty")])
 def test_bad_input_is_one_line_and_exit_code_2(more, message, teacher_file, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         train.run_cli(lambda: train.main(arguments(teacher_file, tmp_path / "x", *more)))
@@ -502,7 +534,8 @@ def test_bad_input_is_one_line_and_exit_code_2(more, message, teacher_file, tmp_
 
 @pytest.mark.parametrize("argv, message", [
     (["--rotation", "single"], "--rotation is for a quantized model"), (["--teacher", "t.pt"], "--teacher is for a quantized model"),
-    (["--ddim-steps", "1001"], "outside 1 .. 1000"), (["--data", "nowhere"], "no data_batch_1.bin")])
+    (["--ddim-steps", "1001"], "outside 1 .. 1000"), (["--data", "nowhere"], "no data_batch_1.bin"),
+    (["--dropout", "1"], "not a share"), (["--dropout", "nan"], "not a share"), (["--dropout-from", "3"], "needs a --dropout")])
 def test_the_teacher_refuses_before_it_trains(argv, message, tmp_path, monkeypatch, capsys):
     """Options of the other training, and what the pictures at the end could not use. A folder that was there before stays."""
     monkeypatch.chdir(tmp_path)
