@@ -46,14 +46,34 @@ def results():
     return "\n".join(lines) + "\n"
 
 
+def long_run(name):
+    """Text: how a teacher was trained and what its EMA drew on the way, from NAME.json and NAME-curve.json."""
+    run, curve = read(f"{name}.json"), read(f"{name}-curve.json")
+    fids, images = (", ".join(values) for values in zip(*((f"{r['c_fid']:.1f}", f"{r['images'] / 1e6:.0f}") for r in curve)))
+    return (f"`{run['command'].replace(' --resume', '')}`, {run['seconds'] / 60:.0f} minutes on {run['processes']} {run['hardware']}, resumed on the way: "
+            f"C-FID {fids} after {images} M images, at the end C-IS {curve[-1]['c_is']:.2f} and class accuracy {curve[-1]['accuracy']:.2%} (`experiments/{name}-curve.json`)")
+
+
+def by_heart():
+    """Text: what the second half of the run without dropout changed on training and on test images, from overfit.json."""
+    rows = read("overfit.json")["rows"]
+    def fell(images):
+        changes, errors = zip(*((r["change"], r["error"]) for r in rows if "change" in r and r["images"] == images))
+        return f"{-sum(changes) / (sum(errors) - sum(changes)):.1%}"
+    times = ", ".join(str(r["t"]) for r in rows if "change" in r and r["images"] == "test")
+    return (f"after update {rows[0]['updates']:,} the error of its noise still fell by {fell('train')} on {rows[0]['n']:,} training images, "
+            f"but by {fell('test')} on as many test images (t = {times}; `experiments/overfit.py`)")
+
+
 def teacher():
-    """Markdown: what was tried for the teacher, from options.json."""
+    """Markdown: what was tried for the teacher, from options.json; the long run."""
     rows = read("options.json")["rows"]
     first = rows["plain"]["settings"]
     names = {name: f"{name}, dropout 0" if row["settings"]["dropout"] == 0 and "dropout" not in name else name for name, row in rows.items()}
     names["plain"] = f"batch {first['batch']}, rate {first['lr']:g}, {first['shape']} decay, dropout {first['dropout']}"
     return (f"Tried for the teacher, one run of {rows['plain']['images'] / 1e6:.1f} M images each, C-FID / C-IS (`experiments/options.py`): "
-            + "; ".join(f"{names[name]}: {r['c_fid']:.1f} / {r['c_is']:.2f}" for name, r in rows.items()) + ".\n")
+            + "; ".join(f"{names[name]}: {r['c_fid']:.1f} / {r['c_is']:.2f}" for name, r in rows.items())
+            + f". A long run with the last settings, not bundled: {long_run('teacher-plain')}. It learned its images by heart: {by_heart()}.\n")
 
 
 def exact():
