@@ -360,6 +360,8 @@ def test_rates_of_both_trainings():
     updates = train.teacher_updates(model, copy.deepcopy(model), optimizer, images, labels, 20, 2, 0, loss=lambda net, *_, **__: model.conv_in.weight.sum())
     rates = [optimizer.param_groups[0]["lr"] / 1e-3 for _ in updates]
     assert_close(rates, [0.5, 1.0] + [0.5 + 0.5 * math.cos(math.pi * i / 18) for i in range(18)])
+    next(train.teacher_updates(model, copy.deepcopy(model), optimizer, images, labels, 80_000, 2, 0, loss=lambda net, *_, **__: model.conv_in.weight.sum()))
+    assert_close(optimizer.param_groups[0]["lr"], 1e-3 / 500)                   # no warm-up is longer than 500 updates
     class Student(torch.nn.Linear):
         def forward(self, x, t, y):
             return super().forward(x)
@@ -382,24 +384,40 @@ def test_options_of_a_quantized_run_arrive(order, teacher_file, tmp_path, monkey
     assert all((layer.log_s_x != 0).all() for layer in hqdm.layers(student))
 
 
-def test_dropout_of_the_teacher_arrives(tmp_path, monkeypatch):
-    def look(model, *args, late):
+def test_options_of_a_teacher_arrive(tmp_path, monkeypatch):
+    """--dropout and --dropout-from; the first weights depend on --seed alone; what --score-every draws from is the EMA."""
+    weights, seen = [], {}
+    def look(model, ema, *args, late):
         assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.25} and late == 7
-        raise StopAsyncIteration
+        weights.append(model.conv_in.weight.detach().clone())
+        seen.update(model=model, ema=ema)
     monkeypatch.setattr(train, "teacher_updates", look)
+    monkeypatch.setattr(train, "scored", lambda _, net, *args: fail(InterruptedError()) if net is seen["ema"] is not seen["model"] else None)
     monkeypatch.setattr(train, "find_data", lambda _: train.load_bundled())
-    with pytest.raises(StopAsyncIteration):
-        train.main(["--device", "cpu", "--dropout", "0.25", "--dropout-from", "7", "--out", str(tmp_path / "x")])
+    monkeypatch.setattr(train, "UNet", lambda dropout: UNet(channels=32, mults=(1,), blocks=1, attention=(), dropout=dropout))
+    for seed in ("0", "0", "1"):
+        torch.rand(1)
+        with pytest.raises(InterruptedError):
+            train.main(["--device", "cpu", "--dropout", "0.25", "--dropout-from", "7", "--score-every", "9", "--seed", seed, "--out", str(tmp_path / "x")])
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
 def test_noises_of_a_run_are_its_own(teacher_file, tmp_path, monkeypatch):
     """A student is calibrated, trained and tested on three pools from three seeds: the printed error is on noise it never saw."""
-    real, seeds = train.make_pool, []
+    real, pool_batches, seeds = train.make_pool, train.pool_batches, []
     monkeypatch.setattr(train, "make_pool", lambda teacher, n, steps, seed: seeds.append(seed) or real(teacher, 1, steps, seed))
     monkeypatch.setattr(train, "distil_updates", lambda *_, **__: fail(InterruptedError()))
     with pytest.raises(InterruptedError):
         train.main(arguments(teacher_file, tmp_path / "x"))
     assert len(seeds) == len(set(seeds)) == 3
+    # before and after training the error is taken on one and the same pool, the one that nothing else uses
+    monkeypatch.undo()
+    pools, asked, used = [], [], []
+    monkeypatch.setattr(train, "make_pool", lambda teacher, n, steps, seed: pools.append(real(teacher, 1, steps, seed)) or pools[-1])
+    monkeypatch.setattr(train, "eps_error", lambda student, pool: asked.append(pool) or 1.0)
+    monkeypatch.setattr(train, "pool_batches", lambda pool, *args, **_: used.append(pool) or pool_batches(pool, *args, **_))
+    train.main(arguments(teacher_file, tmp_path / "y", "--steps", "1"))
+    assert len(asked) == 2 and asked[0] is asked[1] is not used[0] and len(pools) == 3
 
 
 def test_a_long_run_keeps_means_of_its_losses(tmp_path, monkeypatch):
