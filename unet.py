@@ -99,8 +99,9 @@ class UNet(nn.Module):
     """eps_theta(x_t, t, y): the noise in an image, DDPM's UNet at a quarter of its size (9 M parameters).
 
     x (B, 3, size, size) float, t (B,) int, y (B,) int or None -> (B, 3, size, size).
-    Every inner width is a multiple of 32, the default Hadamard block. In short runs dropout, which DDPM's network of four
-    times the size needs, did not help this one (experiments/options.json).
+    Every inner width is a multiple of 32, the default Hadamard block. Dropout, which DDPM's network of four times the size
+    needs, did not help this one in short runs (experiments/options.json); without it a long one learned its images by
+    heart (experiments/overfit.json).
     Raises ValueError where a width is not a multiple of 32.
     """
 
