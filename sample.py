@@ -342,8 +342,8 @@ def provenance(args, device, seconds):
 
 
 def check_out(*paths):
-    """ValueError where one of the files could not be written: to be called before the work, not after it."""
-    for path in paths:
+    """ValueError where one of the files could not be written, to be called before the work; None is no file."""
+    for path in filter(lambda name: name is not None, paths):
         if not path or not os.access(Path(path).resolve().parent, os.W_OK) or Path(path).is_dir():
             raise ValueError(f"cannot write {path}")
 
@@ -387,8 +387,8 @@ def main(argv=None):
     paths = args.checkpoints or [HERE / "checkpoints" / "teacher.pt", HERE / "checkpoints" / "w4a3-single.pt"]
     if len(set(map(str, paths))) < len(paths):
         raise ValueError("a checkpoint is named twice")
+    check_out(args.out, args.npz)
     targets = [args.out] + [args.npz] * (args.npz is not None)
-    check_out(*targets)
     scores_file = Path(args.out).with_suffix(".json")
     if args.score:
         targets.append(scores_file)

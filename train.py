@@ -39,8 +39,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import hqdm
-from sample import (HERE, draw, load_model, natural, noise_and_labels, pick_device, positive, provenance, read_checkpoint,
-                    load_judge, recorded, run_cli, save_checkpoint, save_grids, score, write_json)
+from sample import (HERE, draw, load_judge, load_model, natural, noise_and_labels, pick_device, positive, provenance,
+                    read_checkpoint, recorded, run_cli, save_checkpoint, save_grids, score, write_json)
 from unet import UNet, ddim, ddim_timesteps, ddpm_loss
 
 # ---------------------------------------------------------------- the data: CIFAR-10's own binary files, no pickle

@@ -56,7 +56,7 @@ def main():
     parser.add_argument("--out", help="a JSON file for the counts; without it they are only printed")
     parser.add_argument("--device")
     args = parser.parse_args()
-    check_out(*[args.out] * (args.out is not None))
+    check_out(args.out)
     device, start, rows = pick_device(args.device), time.time(), {}
     for path in args.checkpoints:
         model = load_model(path, device)

@@ -3,7 +3,7 @@
     python experiments/overfit.py CKPT CKPT .. --data data      # float checkpoints, or the last.pt of a run: its average is taken
 
 All models see the same images and noise, so that their differences are known far better than their errors: `change` is
-to the model before, with its standard error. Where it is below zero on training images alone, they were learned by heart.
+to the first model, with its standard error. Where it is below zero on training images alone, they were learned by heart.
 """
 import argparse
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import check_out, load_model, pick_device, positive, provenance, read_checkpoint, run_cli, write_json  # noqa: E402
+from sample import check_out, pick_device, positive, provenance, read_checkpoint, run_cli, write_json  # noqa: E402
 from train import load_cifar10  # noqa: E402
 from unet import T, UNet, add_noise  # noqa: E402
 
@@ -24,13 +24,12 @@ HERE = Path(__file__).resolve().parent
 def load(path, device):
     """(model in eval mode, updates or None): a float checkpoint, or the EMA in a run's state."""
     ckpt = read_checkpoint(path, kind=("float", "training"))
-    if ckpt["kind"] == "float":
-        return load_model(path, device), None
-    if "ema" not in ckpt:
+    weights = ckpt.get("model" if ckpt["kind"] == "float" else "ema")
+    if weights is None:
         raise ValueError(f"{path} is the state of a quantized run; a teacher's is needed")
-    model = UNet()
-    model.load_state_dict(ckpt["ema"])
-    return model.eval().to(device, memory_format=torch.channels_last), len(ckpt["losses"])
+    model = UNet(**ckpt.get("unet", {}))
+    model.load_state_dict(weights)
+    return model.float().eval().to(device, memory_format=torch.channels_last), len(ckpt["losses"]) if "losses" in ckpt else None
 
 
 @torch.no_grad()
@@ -56,7 +55,7 @@ def main():
     check_out(args.out)
     if not all(0 <= t < T for t in args.times):
         raise ValueError(f"--times {args.times} are not all from 0 to {T - 1}")
-    device, start, rows, before = pick_device(args.device), time.time(), [], {}
+    device, start, rows, first = pick_device(args.device), time.time(), [], {}
     sets = {"train": load_cifar10(args.data), "test": load_cifar10(args.data, test=True)}
     for path in args.checkpoints:
         model, updates = load(path, device)
@@ -67,10 +66,10 @@ def main():
                 eps = torch.randn(len(pick), 3, 32, 32, generator=g).to(device)
                 e = errors(model, (images[pick].float() / 127.5 - 1).to(device), labels[pick].to(device), t, eps)
                 row = {"checkpoint": path, "updates": updates, "images": name, "n": len(e), "t": t, "error": float(e.mean())}
-                if (name, t) in before:
-                    change = e - before[name, t]
+                if path != args.checkpoints[0]:
+                    change = e - first[name, t]
                     row.update(change=float(change.mean()), standard_error=float(change.std() / len(e) ** 0.5))
-                before[name, t] = e
+                first.setdefault((name, t), e)
                 rows.append(row)
                 print(" ".join(f"{k} {v:.6f}" if isinstance(v, float) else f"{v}" for k, v in row.items()), flush=True)
     write_json(args.out, {"rows": rows, **provenance(args, device, time.time() - start)})

@@ -35,7 +35,7 @@ def main():
     parser.add_argument("--out", help="a JSON file; without it the rows are only printed")
     parser.add_argument("--device")
     args = parser.parse_args()
-    check_out(*[args.out] * (args.out is not None))
+    check_out(args.out)
     device, start = pick_device(args.device), time.time()
     teacher = load_model(HERE / "checkpoints" / "teacher.pt", device).requires_grad_(False)
     calib, pool, test = (make_pool(teacher, n, args.ddim_steps, seed) for n, seed in ((8, 1), (64, 2), (16, 3)))

@@ -54,14 +54,14 @@ def long_run(name):
             f"C-FID {fids} after {images} M images, at the end C-IS {curve[-1]['c_is']:.2f} and class accuracy {curve[-1]['accuracy']:.2%} (`experiments/{name}-curve.json`)")
 
 
-def by_heart():
-    """Text: what the second half of the run without dropout changed on training and on test images, from overfit.json."""
-    rows = read("overfit.json")["rows"]
+def by_heart(checkpoint):
+    """Text: what a run's later updates changed on training and on test images, from overfit.json."""
+    first, rows = read("overfit.json")["rows"][0], [r for r in read("overfit.json")["rows"] if r["checkpoint"] == checkpoint]
     def fell(images):
-        changes, errors = zip(*((r["change"], r["error"]) for r in rows if "change" in r and r["images"] == images))
+        changes, errors = zip(*((r["change"], r["error"]) for r in rows if r["images"] == images))
         return f"{-sum(changes) / (sum(errors) - sum(changes)):.1%}"
-    times = ", ".join(str(r["t"]) for r in rows if "change" in r and r["images"] == "test")
-    return (f"after update {rows[0]['updates']:,} the error of its noise still fell by {fell('train')} on {rows[0]['n']:,} training images, "
+    times = ", ".join(str(r["t"]) for r in rows if r["images"] == "test")
+    return (f"after update {first['updates']:,} the error of its noise still fell by {fell('train')} on {first['n']:,} training images, "
             f"but by {fell('test')} on as many test images (t = {times}; `experiments/overfit.py`)")
 
 
@@ -73,7 +73,7 @@ def teacher():
     names["plain"] = f"batch {first['batch']}, rate {first['lr']:g}, {first['shape']} decay, dropout {first['dropout']}"
     return (f"Tried for the teacher, one run of {rows['plain']['images'] / 1e6:.1f} M images each, C-FID / C-IS (`experiments/options.py`): "
             + "; ".join(f"{names[name]}: {r['c_fid']:.1f} / {r['c_is']:.2f}" for name, r in rows.items())
-            + f". A long run with the last settings, not bundled: {long_run('teacher-plain')}. It learned its images by heart: {by_heart()}.\n")
+            + f". A long run with the last settings, not bundled: {long_run('teacher-plain')}. It learned its images by heart: {by_heart('runs/teacher-plain/model.pt')}.\n")
 
 
 def exact():

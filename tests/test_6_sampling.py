@@ -424,7 +424,7 @@ def test_a_report_is_whole_or_not_there(tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             sample.write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
-    sample.check_out(path, str(tmp_path / "new"))
+    sample.check_out(path, None, str(tmp_path / "new"))
     for bad in ("", tmp_path, tmp_path / "no" / "a.json"):
         with pytest.raises(ValueError, match="cannot write"):
             sample.check_out(path, bad)

@@ -1,12 +1,14 @@
 """The data, both trainings, resuming, and bad input to train.py."""
 import argparse
 import copy
+import importlib
 import json
 import math
 import os
 import shutil
 import signal
 import socket
+import sys
 import tarfile
 
 import pytest
@@ -18,6 +20,8 @@ import hqdm
 import sample
 import train
 from unet import UNet, ddim_timesteps
+
+sys.path.insert(0, str(ROOT / "experiments"))
 
 BIN = ROOT / "checkpoints" / "cifar10-1k.bin"
 
@@ -476,6 +480,17 @@ def test_a_quantized_checkpoint_is_no_teacher(finished, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         train.run_cli(lambda: train.main(arguments(finished / "model.pt", tmp_path / "x")))
     assert stop.value.code == 2 and "'quantized' checkpoint, not 'float'" in capsys.readouterr().err
+
+
+def test_error_of_each_image():
+    """experiments/overfit.py: per image, at one time t, against the sum written out in float64, in batches that do not divide the images."""
+    overfit, model, t = importlib.import_module("overfit"), small_unet(1).eval(), 300
+    x_0, eps, y = torch.randn(5, 3, 32, 32), torch.randn(5, 3, 32, 32), torch.tensor([0, 3, 9, 1, 10])
+    abar = float(torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[t])
+    x_t = (math.sqrt(abar) * x_0.double() + math.sqrt(1 - abar) * eps.double()).float()
+    with torch.no_grad():
+        expected = ((model(x_t, torch.full((5,), t), y).double() - eps.double()) ** 2).flatten(1).mean(1)
+    assert_close(overfit.errors(model, x_0, y, t, eps, batch=2), expected, rtol=1e-5, atol=0)
 
 
 def test_eps_error_is_the_mean_squared_difference():
