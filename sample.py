@@ -153,14 +153,15 @@ def recorded(f, device):
     return call
 
 
-def draw(model, n, steps=50, label=None, guidance=1.0, seed=0, batch=500, progress=None):
+def draw(model, n, steps=50, label=None, guidance=1.0, seed=0, batch=500, progress=None, rows=slice(None)):
     """n pictures: uint8 (n, 3, 32, 32) and their labels (n,), both on the CPU. Deterministic DDIM (eta = 0).
 
+    rows: those of the n to draw, so that several processes can share them.
     progress: called after every step with how many pictures' worth of work is done. Raises FloatingPointError where a
     picture is not finite (an extreme guidance; a quantized model's integers can hide a NaN, which load_model and training refuse).
     """
     device = next(model.parameters()).device
-    noise, labels = noise_and_labels(n, seed, model.classes, label)
+    noise, labels = (v[rows] for v in noise_and_labels(n, seed, model.classes, label))
     pictures, net = [], recorded(model, device)
     for x, y in zip(noise.split(batch), labels.split(batch)):
         x = x.to(device, memory_format=torch.channels_last)

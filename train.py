@@ -173,6 +173,17 @@ def my_rows():
     return slice(rank, None, processes)
 
 
+def rows_of_all(mine):
+    """This process's rows of a tensor on the CPU -> the rows of all processes, in their order."""
+    parts = [mine] * world()[1]
+    if world()[1] > 1:
+        dist.all_gather_object(parts, mine)
+    whole = mine.new_empty(sum(map(len, parts)), *mine.shape[1:])
+    for rank, part in enumerate(parts):
+        whole[rank::len(parts)] = part
+    return whole
+
+
 def spread(model):
     """The model to call in training: its backward pass averages the gradients of all processes."""
     if world()[1] == 1:
@@ -336,7 +347,7 @@ def teacher_updates(model, ema, optimizer, images, labels, steps, batch, seed, f
     images uint8 (N, 3, 32, 32), labels (N,), both on the model's device. shape: of the decay. loss: as ddpm_loss.
     late: the first step with the model's dropout, for a network that overfits only in the end (Liu et al. 2023, arXiv 2303.01500).
     """
-    device, net = images.device, compiled(spread(model), images.device, steps)
+    device, net = images.device, spread(compiled(model, images.device, steps))
     dropouts = [(m, m.p) for m in model.modules() if isinstance(m, torch.nn.Dropout)]
     model.train()
 
@@ -359,7 +370,10 @@ def teacher_updates(model, ema, optimizer, images, labels, steps, batch, seed, f
 
 
 def scored(updates, model, judge, first, args, out, n=5000):
-    """The same updates; every --score-every steps the model (the EMA) draws n pictures, and curve.json gets their scores."""
+    """The same updates; every --score-every steps the model (the EMA) draws n pictures, and curve.json gets their scores.
+
+    All processes draw their share of the pictures; the first one scores them.
+    """
     path = out / "curve.json"
     try:
         rows = [r for r in json.loads(path.read_text()) if r["step"] <= first] if path.is_file() else []
@@ -367,12 +381,13 @@ def scored(updates, model, judge, first, args, out, n=5000):
         raise ValueError(f"{path} is damaged; move it away to begin a new curve") from None
     for step, result in enumerate(updates, start=first + 1):
         if (step % args.score_every == 0 or step == args.steps) and torch.stack(result).isfinite().all():     # NaN: run_updates stops
-            model.eval()
-            rows.append({"step": step, "images": step * args.batch, "n": n, **score(*draw(model, n, args.ddim_steps, seed=args.seed), judge)})
-            write_json(path, rows)
-            print(f"after {step * args.batch / 1e6:.1f} M images: C-FID {rows[-1]['c_fid']:.2f}, C-IS {rows[-1]['c_is']:.3f}, "
-                  f"class accuracy {rows[-1]['accuracy']:.3f}", flush=True)
-            plot_curve(rows, out / "curve.png")
+            pictures, labels = (rows_of_all(v) for v in draw(model.eval(), n, args.ddim_steps, seed=args.seed, rows=my_rows()))
+            if world()[0] == 0:
+                rows.append({"step": step, "images": step * args.batch, "n": n, **score(pictures, labels, judge)})
+                write_json(path, rows)
+                print(f"after {step * args.batch / 1e6:.1f} M images: C-FID {rows[-1]['c_fid']:.2f}, C-IS {rows[-1]['c_is']:.3f}, "
+                      f"class accuracy {rows[-1]['accuracy']:.3f}", flush=True)
+                plot_curve(rows, out / "curve.png")
         yield result                                 # after its score: what is saved now has its row
 
 
@@ -406,7 +421,7 @@ def train_teacher(args, device, out):
     losses, spent = restore(state, out, parts)
     began = time.time() - spent
     updates = teacher_updates(model, ema, optimizer, images, labels, args.steps, args.batch, args.seed, len(losses), late=args.dropout_from)
-    if args.score_every and world()[0] == 0:
+    if args.score_every:
         updates = scored(updates, ema, judge, len(losses), args, out)
     run_updates(updates, losses, args.steps, args.batch, lambda: store(args, out, parts, losses, time.time() - began))
     seconds = time.time() - began

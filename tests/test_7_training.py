@@ -338,8 +338,8 @@ def test_late_dropout():
 
 def test_scores_along_the_way(tmp_path, monkeypatch):
     """--score-every N: a row of curve.json after every N steps and after the last; a resumed run keeps the rows it had reached."""
-    monkeypatch.setattr(train, "draw", lambda model, n, *args, **kwargs: (check(not model.training), n))
-    monkeypatch.setattr(train, "score", lambda _, n, judge: {"c_fid": 1.0, "c_is": 2.0, "accuracy": 0.5})
+    monkeypatch.setattr(train, "draw", lambda model, n, *args, **kwargs: (check(not model.training) or torch.zeros(n), torch.arange(n)))
+    monkeypatch.setattr(train, "score", lambda _, labels, judge: check(len(labels) == 5000) or {"c_fid": 1.0, "c_is": 2.0, "accuracy": 0.5})
     args = argparse.Namespace(score_every=2, steps=5, batch=8, ddim_steps=3, seed=0)
     pairs = {letter: (torch.tensor(float(i)), torch.tensor(1.0)) for i, letter in enumerate("abcde")}
     def scored(letters, model, first):
@@ -512,7 +512,7 @@ def fail(error):
 
 
 def share_the_work(rank, port, processes, teacher_file, folder):
-    """What each process runs: two updates of the float teacher, two of a quantized student, and a whole train.main."""
+    """What each process runs: two updates of the float teacher, its pictures' score, two of a quantized student, and a whole train.main."""
     if processes > 1:
         torch.set_num_threads(1)
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -531,6 +531,10 @@ def share_the_work(rank, port, processes, teacher_file, folder):
     optimizer = torch.optim.SGD([{**g, "base_lr": 0.01} for g in hqdm.parameter_groups(student)], lr=1.0)
     batches = train.pool_batches(pool, 6, 2, seed=0)
     steps += [[loss.item(), norm.item()] for loss, norm in train.distil_updates(student, optimizer, batches, 2)]
+    score, train.score = train.score, lambda *seen: torch.save(seen[:2], folder / f"{processes}-pictures.pt") or {"c_fid": 1.0, "c_is": 2.0, "accuracy": 0.5}
+    args, pair = argparse.Namespace(score_every=1, steps=1, batch=8, ddim_steps=3, seed=7), (torch.tensor(0.0), torch.tensor(1.0))
+    assert list(train.scored(iter([pair]), teacher, None, 0, args, folder, n=5)) == [pair]
+    train.score = score
     if rank == 0:
         torch.save(steps, folder / f"{processes}.pt")
     if processes > 1:
@@ -538,7 +542,7 @@ def share_the_work(rank, port, processes, teacher_file, folder):
 
 
 def test_two_processes_share_one_batch(teacher_file, tmp_path):
-    """Two processes that share each batch have the losses and gradient norms of one process, and one set of files."""
+    """Two processes that share each batch have the losses and gradient norms of one process, one set of files, and score all pictures."""
     share_the_work(0, None, 1, teacher_file, tmp_path)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -546,6 +550,10 @@ def test_two_processes_share_one_batch(teacher_file, tmp_path):
     torch.multiprocessing.start_processes(share_the_work, (port, 2, teacher_file, tmp_path), nprocs=2, start_method="spawn")
     one, two = (torch.tensor(torch.load(tmp_path / f"{n}.pt")) for n in (1, 2))
     assert_close(two, one, rtol=5e-4, atol=0)
+    whole = sample.draw(small_unet(), 5, 3, seed=7)
+    for n in (1, 2):                                             # 5 pictures: the second process draws two of them
+        pictures, labels = torch.load(tmp_path / f"{n}-pictures.pt")
+        assert torch.equal(labels, whole[1]) and (pictures.int() - whole[0].int()).abs().max() <= 1      # a batch of another size rounds a little differently
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["processes"] == 2 and len(metrics["losses"]) == metrics["settings"]["steps"]
 
