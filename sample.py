@@ -140,7 +140,7 @@ def recorded(f, device):
             return result
         if key not in graphs:
             graph, held = torch.cuda.CUDAGraph(), [v.clone() for v in inputs]
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):        # a thread of torch.distributed may look at its events meanwhile
                 result = f(*held)
             graphs[key] = graph, held, result
         graph, held, result = graphs[key]

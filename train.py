@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import copy
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -184,14 +183,11 @@ def rows_of_all(mine):
     return whole
 
 
-def spread(model):
-    """The model to call in training: its backward pass averages the gradients of all processes."""
-    if world()[1] == 1:
-        return model
-    DDP = torch.nn.parallel.DistributedDataParallel
-    # Our buffers never change, so nothing needs to be sent before a forward pass. torch 2.13 renamed the switch.
-    switch = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(DDP).parameters else "broadcast_buffers"
-    return DDP(model, **{switch: False})
+def same_start(model):
+    """Process 0's weights for all: what each GPU computed alone, as calibration does, can differ in the last bit."""
+    for v in model.state_dict().values() if world()[1] > 1 else ():
+        dist.broadcast(whole := v.contiguous(), 0)
+        v.copy_(whole)
 
 
 def compiled(net, device, steps):
@@ -203,7 +199,7 @@ def compiled(net, device, steps):
 
 
 def mean_over_processes(value):
-    """A scalar on the model's device -> its mean over all processes, detached."""
+    """A tensor on the model's device -> its mean over all processes, detached."""
     value = value.detach()
     if world()[1] > 1:
         dist.all_reduce(value := value / world()[1])
@@ -249,15 +245,31 @@ def updater(optimizer, compute_loss, device):
         group["lr"] = torch.tensor(group["base_lr"], device=device) if cuda else group["base_lr"]
         group["capturable"] = cuda                   # here, and not in adamw, because the state of a run on another device may be loaded
 
-    def step(*tensors):
+    def backward(*tensors):
         optimizer.zero_grad(set_to_none=True)
         loss = compute_loss(*tensors)
         loss.backward()
+        return loss.detach()
+
+    def descend():
         norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
-        return loss.detach(), norm.detach()
+        return norm.detach()
 
-    step = recorded(step, device) if world()[1] == 1 else step
+    def pack(*tensors):                              # the loss and all gradients, so that one message averages them
+        loss = backward(*tensors)
+        return torch.cat([loss.view(1), *(p.grad.flatten() for p in params)])
+
+    def unpack(means):
+        for p, mean in zip(params, means[1:].split([p.numel() for p in params])):
+            p.grad.copy_(mean.view_as(p))
+        return means[0], descend()
+
+    if world()[1] == 1:
+        step = recorded(lambda *tensors: (backward(*tensors), descend()), device)
+    else:                                            # two recordings, and between them the one thing that waits for other GPUs
+        before, after = recorded(pack, device), recorded(unpack, device)
+        step = lambda *tensors: after(mean_over_processes(before(*tensors)))  # noqa: E731
 
     def update(factor, *tensors):
         for group in groups:
@@ -265,8 +277,7 @@ def updater(optimizer, compute_loss, device):
                 group["lr"].fill_(group["base_lr"] * factor)
             else:
                 group["lr"] = group["base_lr"] * factor
-        loss, norm = step(*tensors)
-        return mean_over_processes(loss), norm
+        return step(*tensors)
 
     return update
 
@@ -347,7 +358,8 @@ def teacher_updates(model, ema, optimizer, images, labels, steps, batch, seed, f
     images uint8 (N, 3, 32, 32), labels (N,), both on the model's device. shape: of the decay. loss: as ddpm_loss.
     late: the first step with the model's dropout, for a network that overfits only in the end (Liu et al. 2023, arXiv 2303.01500).
     """
-    device, net = images.device, spread(compiled(model, images.device, steps))
+    device, net = images.device, compiled(model, images.device, steps)
+    same_start(model)
     dropouts = [(m, m.p) for m in model.modules() if isinstance(m, torch.nn.Dropout)]
     model.train()
 
@@ -479,8 +491,9 @@ def trajectory_batches(teacher, batch, steps, ddim_steps, seed, first=0):
 
 def distil_updates(student, optimizer, batches, steps, first=0):
     """Train the quantized student in place: yields (loss, gradient norm) a step. loss = mean (eps_s - eps_t)^2."""
-    net, device = spread(student), next(student.parameters()).device
-    update = updater(optimizer, lambda x, t, y, eps: F.mse_loss(net(x, t, y), eps), device)
+    same_start(student)
+    device = next(student.parameters()).device
+    update = updater(optimizer, lambda x, t, y, eps: F.mse_loss(student(x, t, y), eps), device)
     for step, (x, t, y, eps) in enumerate(batches, start=first):
         yield update(decay(step, steps, shape="linear"), x.contiguous(memory_format=torch.channels_last), t, y, eps)
 
