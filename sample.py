@@ -25,7 +25,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from einops import rearrange
 
 import hqdm
@@ -140,7 +139,7 @@ def recorded(f, device):
             return result
         if key not in graphs:
             graph, held = torch.cuda.CUDAGraph(), [v.clone() for v in inputs]
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):        # a thread of torch.distributed may look at its events meanwhile
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):        # a thread of torch.distributed may query its events meanwhile
                 result = f(*held)
             graphs[key] = graph, held, result
         graph, held, result = graphs[key]
@@ -337,7 +336,8 @@ def provenance(args, device, seconds):
     """What a number needs beside it to be believed: command, settings, versions, hardware, date, seconds."""
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
     settings = {k: os.path.relpath(v) if isinstance(v, str) and os.path.isabs(v) else v for k, v in vars(args).items()}
-    return {"command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]), "settings": settings,
+    launcher = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if "LOCAL_WORLD_SIZE" in os.environ else "python"
+    return {"command": " ".join([launcher, os.path.relpath(sys.argv[0]), *sys.argv[1:]]), "settings": settings,
             "hardware": hardware, "torch": torch.__version__, "python": sys.version.split()[0],
             "date": time.strftime("%Y-%m-%d"), "seconds": round(seconds, 1)}
 

@@ -184,7 +184,7 @@ def rows_of_all(mine):
 
 
 def same_start(model):
-    """Process 0's weights for all: what each GPU computed alone, as calibration does, can differ in the last bit."""
+    """Process 0's weights for all: what each GPU computes alone, as in calibration, can differ in the last bit."""
     for v in model.state_dict().values() if world()[1] > 1 else ():
         dist.broadcast(whole := v.contiguous(), 0)
         v.copy_(whole)
@@ -209,7 +209,10 @@ def mean_over_processes(value):
 # ---------------------------------------------------------------- one loop for both trainings
 
 def seed_step(seed, step):
-    """Make all randomness of a step (batch, times, noise, dropout) a function of (seed, step): resuming needs no more."""
+    """Make all randomness of a step (batch, times, noise, dropout) a function of (seed, step): resuming needs no more.
+
+    Several processes draw alike, so dropout drops the same features from row k of each one's share.
+    """
     torch.manual_seed(1_000_003 * seed + step)
 
 
@@ -236,7 +239,9 @@ def adamw(groups, device):
 def updater(optimizer, compute_loss, device):
     """A function of (factor, *tensors): one optimiser step on compute_loss(*tensors), at `factor` times each group's base_lr.
 
-    It returns the loss and the norm of the gradient, which is clipped to 1. On a GPU the whole step is recorded.
+    It returns the loss and the norm of the gradient, which is clipped to 1. On a GPU the whole step is recorded; with several
+    processes in two halves, between which they average their gradients: each half as a plain function, for batches of one
+    shape. (DistributedDataParallel averages from hooks inside the backward pass, which is harder to record.)
     """
     groups = optimizer.param_groups
     params = [p for group in groups for p in group["params"]]
@@ -263,13 +268,10 @@ def updater(optimizer, compute_loss, device):
     def unpack(means):
         for p, mean in zip(params, means[1:].split([p.numel() for p in params])):
             p.grad.copy_(mean.view_as(p))
-        return means[0], descend()
+        return means[0].clone(), descend()           # a view would keep all gradients alive
 
-    if world()[1] == 1:
-        step = recorded(lambda *tensors: (backward(*tensors), descend()), device)
-    else:                                            # two recordings, and between them the one thing that waits for other GPUs
-        before, after = recorded(pack, device), recorded(unpack, device)
-        step = lambda *tensors: after(mean_over_processes(before(*tensors)))  # noqa: E731
+    whole = recorded(lambda *tensors: (backward(*tensors), descend()), device)
+    before, after = recorded(pack, device), recorded(unpack, device)
 
     def update(factor, *tensors):
         for group in groups:
@@ -277,7 +279,7 @@ def updater(optimizer, compute_loss, device):
                 group["lr"].fill_(group["base_lr"] * factor)
             else:
                 group["lr"] = group["base_lr"] * factor
-        return step(*tensors)
+        return whole(*tensors) if world()[1] == 1 else after(mean_over_processes(before(*tensors)))
 
     return update
 
@@ -352,26 +354,20 @@ def update_ema(ema, model, step):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), max(1e-4, 9 / (10 + step)))
 
 
-def teacher_updates(model, ema, optimizer, images, labels, steps, batch, seed, first=0, shape="cosine", loss=ddpm_loss, late=0):
+def teacher_updates(model, ema, optimizer, images, labels, steps, batch, seed, first=0, shape="cosine", loss=ddpm_loss):
     """Train `model` and its average `ema` in place: a generator of (loss, gradient norm) after each of the steps first .. steps-1.
 
     images uint8 (N, 3, 32, 32), labels (N,), both on the model's device. shape: of the decay. loss: as ddpm_loss.
-    late: the first step with the model's dropout, for a network that overfits only in the end (Liu et al. 2023, arXiv 2303.01500).
     """
     device, net = images.device, compiled(model, images.device, steps)
-    same_start(model)
-    dropouts = [(m, m.p) for m in model.modules() if isinstance(m, torch.nn.Dropout)]
     model.train()
 
     def compute_loss(x_0, y):
         with autocast(device):
             return loss(net, x_0, y, model.classes, rows=my_rows())
 
+    update = updater(optimizer, compute_loss, device)
     for step in range(first, steps):
-        if step in (first, late):                    # anew: on a GPU a step keeps the dropout with which it was recorded
-            for m, p in dropouts:
-                m.p = p if step >= late else 0.0
-            update = updater(optimizer, compute_loss, device)
         seed_step(seed, step)
         pick = torch.randint(len(images), (batch,), device=device)
         x_0 = images[pick].float() / 127.5 - 1
@@ -426,13 +422,14 @@ def train_teacher(args, device, out):
     state = read_state(args, out)
     torch.manual_seed(args.seed)
     model = UNet(dropout=args.dropout).to(device, memory_format=torch.channels_last)
+    same_start(model)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = adamw([{"params": list(model.parameters()), "base_lr": args.lr}], device)
     print(f"float teacher: {sum(p.numel() for p in model.parameters()):,} parameters, {len(images):,} images", flush=True)
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
     losses, spent = restore(state, out, parts)
     began = time.time() - spent
-    updates = teacher_updates(model, ema, optimizer, images, labels, args.steps, args.batch, args.seed, len(losses), late=args.dropout_from)
+    updates = teacher_updates(model, ema, optimizer, images, labels, args.steps, args.batch, args.seed, len(losses))
     if args.score_every:
         updates = scored(updates, ema, judge, len(losses), args, out)
     run_updates(updates, losses, args.steps, args.batch, lambda: store(args, out, parts, losses, time.time() - began))
@@ -491,7 +488,6 @@ def trajectory_batches(teacher, batch, steps, ddim_steps, seed, first=0):
 
 def distil_updates(student, optimizer, batches, steps, first=0):
     """Train the quantized student in place: yields (loss, gradient norm) a step. loss = mean (eps_s - eps_t)^2."""
-    same_start(student)
     device = next(student.parameters()).device
     update = updater(optimizer, lambda x, t, y, eps: F.mse_loss(student(x, t, y), eps), device)
     for step, (x, t, y, eps) in enumerate(batches, start=first):
@@ -530,6 +526,7 @@ def train_quantized(args, device, out):
     calib = make_pool(teacher, 8 if short else 32, args.ddim_steps, seed=args.seed + 1_000_000)
     hqdm.calibrate(student, teacher, ((calib["x"][s], calib["t"][s].expand(len(calib["y"])), calib["y"])
                                       for s in range(args.ddim_steps)))
+    same_start(student)                             # before its learning rates are made from its scales
     before = eps_error(student, test)
     print(f"calibrated ({time.time() - began:.0f} s); eps error without training {before:.5f}", flush=True)
 
@@ -667,7 +664,6 @@ def main(argv=None):
     training.add_argument("--lr", type=float, help="teacher: the learning rate; HQ-DM: a factor of its four rates (1)")
     training.add_argument("--seed", type=natural, default=0)
     training.add_argument("--dropout", type=float, help="teacher: share of features that each block drops, 0 to below 1 (0)")
-    training.add_argument("--dropout-from", type=natural, help="teacher: the first update with dropout (0)")
     training.add_argument("--score-every", type=positive, help="teacher: score 5,000 pictures every so many steps (never)")
     files = parser.add_argument_group("files and device")
     files.add_argument("--teacher", help="float checkpoint to quantize (the bundled one)")
@@ -685,12 +681,10 @@ def main(argv=None):
         raise ValueError("--score-every is for the teacher; a quantized model is scored by sample.py --score")
     if quantized and args.data is not None:
         raise ValueError("--data is for the teacher; a quantized model learns from the teacher alone")
-    if quantized and (args.dropout is not None or args.dropout_from is not None):
+    if quantized and args.dropout is not None:
         raise ValueError("--dropout is for the teacher; a quantized model has none")
     if args.dropout is not None and not 0 <= args.dropout < 1:
         raise ValueError(f"--dropout {args.dropout} is not a share from 0 to below 1")
-    if args.dropout_from is not None and not args.dropout:
-        raise ValueError("--dropout-from needs a --dropout above 0")
     for key, value in dict(rotation="single", block=32, rank=32, order="pool", teacher=str(HERE / "checkpoints" / "teacher.pt")).items():
         if not quantized and getattr(args, key) is not None:
             raise ValueError(f"--{key} is for a quantized model; give --wbits and --abits with it")
@@ -703,7 +697,7 @@ def main(argv=None):
     device = start_processes(pick_device(args.device))
     full = device.type != "cpu"
     defaults = (dict(ddim_steps=50 if full else 10, steps=1000 if full else 300, batch=128 if full else 4, lr=1.0) if quantized
-                else dict(ddim_steps=50, steps=11_000 if full else 100, batch=512 if full else 8, lr=8e-4, dropout=0.0, dropout_from=0))
+                else dict(ddim_steps=50, steps=11_000 if full else 100, batch=512 if full else 8, lr=8e-4, dropout=0.0))
     for key, value in defaults.items():
         if getattr(args, key) is None:
             setattr(args, key, value)

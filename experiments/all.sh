@@ -1,27 +1,34 @@
 #!/usr/bin/env bash
-# Everything behind the README's numbers, in stages; each can be run alone, from the repository's root:
+# What is bundled and what the README says of it, in stages; each can be run alone, from the repository's root:
 #
 #   bash experiments/all.sh judge options teacher quantized scores curve pictures
 #
-# judge       experiments/judge.py -> checkpoints/judge.pt, experiments/judge.json (needs CIFAR-10 in data/)
+# judge       experiments/judge.py -> checkpoints/judge.pt, experiments/judge.json; real.py -> real.json (needs CIFAR-10 in data/)
 # options     seven short teachers that differ in one setting each -> experiments/options.json (needs CIFAR-10 in data/)
-# teacher     train.py -> checkpoints/teacher.pt, experiments/teacher.json (needs CIFAR-10 in data/)
+# teacher     train.py -> checkpoints/teacher.pt, experiments/teacher.json, teacher-curve.*, overfit-dropout.json (needs CIFAR-10 in data/)
 # quantized   train.py --wbits .. -> runs/NAME, two of them bundled; experiments/NAME.json
 # scores      sample.py --score, exact.py, table.py (needs what quantized made)
 # pictures    two models after one update beside the trained ones -> experiments/pictures.png
 # curve       15 shorter W4A3 trainings, also in the paper's order of steps -> experiments/curve.json, curve.png
 #
 # These stages write over what is bundled, so all but `pictures` refuse to run without a GPU, where they would be short.
-# PARALLEL=3 runs trainings side by side (12 GB of GPU memory each), but for W4A3 single, which has the GPU to itself.
+# PARALLEL=3 runs three trainings at a time, spread over the GPUs (12 GB each); in `quantized`, W4A3 single runs alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3} PARALLEL=${PARALLEL:-1}
 export PYTHONUNBUFFERED=1
 
+side_by_side() {        # runs the shell command "$1" once for each line of stdin, whose words are $0 $1 ..
+    local where=
+    [ -n "${CUDA_VISIBLE_DEVICES:-}" ] || where="CUDA_VISIBLE_DEVICES=\$((SLOT % $($PYTHON -c 'import torch; print(torch.cuda.device_count())')))"
+    xargs -P "$PARALLEL" -L 1 --process-slot-var=SLOT sh -c "$where $1"
+}
+
 judge() {
     $PYTHON experiments/judge.py --data data --out runs/judge/model.pt
     cp runs/judge/model.pt checkpoints/judge.pt
     cp runs/judge/model.json experiments/judge.json
+    $PYTHON experiments/real.py --data data
 }
 
 options() {
@@ -29,18 +36,20 @@ options() {
 }
 
 teacher() {
-    # 41 M images. Where an earlier call was cut off, this one goes on.
-    $PYTHON train.py --data data --steps 80000 --score-every 8000 --out runs/teacher $([ -e runs/teacher/last.pt ] && echo --resume)
+    # 41 M images on all GPUs (1, 2, 4 or 8: they share each batch evenly). Where an earlier call was cut off, this one goes on.
+    $PYTHON -m torch.distributed.run --nproc_per_node=gpu train.py --data data --steps 20000 --batch 2048 --lr 0.0016 --dropout 0.05 \
+        --score-every 2500 --out runs/teacher $([ -e runs/teacher/last.pt ] && echo --resume)
     cp runs/teacher/model.pt checkpoints/teacher.pt
     cp runs/teacher/metrics.json experiments/teacher.json
     cp runs/teacher/curve.json experiments/teacher-curve.json
     cp runs/teacher/curve.png experiments/teacher-curve.png
+    $PYTHON experiments/overfit.py checkpoints/teacher.pt --data data --out experiments/overfit-dropout.json
 }
 
 quantized() {
     $PYTHON train.py --wbits 4 --abits 3 --rotation single --out runs/w4a3-single
     printf '%s\n' "4 3 none" "4 3 double" "4 4 single" |
-        xargs -P "$PARALLEL" -L 1 sh -c "$PYTHON train.py --wbits \$0 --abits \$1 --rotation \$2 --out runs/w\$0a\$1-\$2"
+        side_by_side "$PYTHON train.py --wbits \$0 --abits \$1 --rotation \$2 --out runs/w\$0a\$1-\$2"
     for name in w4a3-none w4a3-double w4a3-single w4a4-single; do cp runs/$name/metrics.json experiments/$name.json; done
     for name in w4a3-none w4a3-single; do cp runs/$name/model.pt checkpoints/$name.pt; done
 }
@@ -60,7 +69,7 @@ curve() {
     train="$PYTHON train.py --wbits 4 --abits 3" models=checkpoints/teacher.pt
     for run in "trajectory 500" "pool 300" "pool 100" "pool 30" "pool 1"; do
         for rotation in none double single; do echo "$rotation $run"; done
-    done | xargs -P "$PARALLEL" -L 1 sh -c "$train --rotation \$0 --order \$1 --steps \$2 --out runs/curve/\$0-\$1-\$2"
+    done | side_by_side "$train --rotation \$0 --order \$1 --steps \$2 --out runs/curve/\$0-\$1-\$2"
     for rotation in none double single; do
         models+=" $(echo runs/curve/$rotation-{pool-1,pool-30,pool-100,pool-300,trajectory-500}/model.pt) runs/w4a3-$rotation/model.pt"
     done

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import hqdm  # noqa: E402
 import train  # noqa: E402
-from sample import HERE as ROOT, draw, load_model, pick_device, positive, provenance, run_cli, write_json  # noqa: E402
+from sample import HERE as ROOT, draw, load_model, pick_device, provenance, run_cli, write_json  # noqa: E402
 from unet import UNet, add_noise  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -307,8 +307,8 @@ def scaling(device, quick):
         else:
             row["note"] = f"not measured: {have} GPUs here"
         rows.append(row)
-    rate = [r["images_per_s"] for r in rows]
-    return rows, {"ddp_speedup_4": round(rate[2] / rate[0], 2) if rate[2] else None}
+    one, two, four = (r["images_per_s"] for r in rows)
+    return rows, {"ddp_speedup_2": round(two / one, 2) if two else None, "ddp_speedup_4": round(four / one, 2) if four else None}
 
 
 # ---------------------------------------------------------------- drawing

@@ -1,12 +1,12 @@
 """Does a teacher learn its images by heart? Squared error of its noise on training and on test images -> overfit.json.
 
     python experiments/overfit.py CKPT CKPT .. --data data      # float checkpoints, or the last.pt of a run: its average is taken
+    python experiments/overfit.py checkpoints/teacher.pt --data data --out experiments/overfit-dropout.json
 
 All models see the same images and noise, so that their differences are known far better than their errors: `change` is
 to the first model, with its standard error. Where it is below zero on training images alone, they were learned by heart.
 """
 import argparse
-import json
 import sys
 import time
 from pathlib import Path

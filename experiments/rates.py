@@ -9,7 +9,6 @@ One seed and 100 updates a row: differences under 2 % mean nothing.
 """
 import argparse
 import copy
-import json
 import sys
 import time
 from pathlib import Path

@@ -3,10 +3,12 @@
     python experiments/table.py            # print them
     python experiments/table.py --write    # put them into README.md, each between its two markers
 
-scores.json is what sample.py --score wrote, NAME.json the metrics.json of the run that made each checkpoint,
-options.json what options.py tried, exact-cpu.json and exact-cuda.json what exact.py counted, bench.json what bench.py measured.
+scores.json is what sample.py --score wrote, real.json what real.py did, NAME.json the metrics.json of the run that made each checkpoint,
+teacher-curve.json what its EMA drew on the way, teacher-plain.json and teacher-plain-curve.json the same of a run without dropout,
+options.json what options.py tried, overfit.json and overfit-dropout.json what overfit.py measured, exact-cpu.json and exact-cuda.json what exact.py counted, bench.json what bench.py measured.
 """
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -28,10 +30,11 @@ def name_of(path):
 
 
 def results():
-    """Markdown: one row a checkpoint, from scores.json and the runs' metrics."""
-    report = read("scores.json")
+    """Markdown: one row a checkpoint, from scores.json and the runs' metrics; above them what real images get."""
+    report, real = read("scores.json"), read("real.json")["rows"]["test images"]
     lines = ["| model | C-FID | C-IS | class accuracy | PSNR dB | eps error, untrained -> trained | file MB | training s |",
-             "|---|---|---|---|---|---|---|---|"]
+             "|---|---|---|---|---|---|---|---|",
+             f"| {real['n']:,} real test images | {real['c_fid']:.1f} | {real['c_is']:.2f} | {real['accuracy']:.1%} | | | | |"]
     first, scores = next(iter(report["scores"].values())), report["scores"]
     for path, s in scores.items():
         run = read(f"{name_of(path)}.json")
@@ -41,8 +44,8 @@ def results():
         lines.append(f"| {name_of(path)} | {s['c_fid']:.1f} | {s['c_is']:.2f} ({s['c_is'] / first['c_is']:.1%}) | {s['accuracy']:.1%} "
                      f"| {psnr} | {error} | {run['bytes'] / 1e6:.2f} | {run['seconds']:.0f} |")
     n, seed = report["settings"]["n"], report["settings"]["seed"]
-    lines.append(f"\n{n:,} pictures a row, {report['settings']['steps']} DDIM steps, guidance {report['settings']['guidance']:g}, seed {seed}, one "
-                 f"training run each (seed {run['settings']['seed']}); {report['hardware']}, torch {report['torch']}, {report['date']}.")
+    lines.append(f"\n{n:,} pictures a model, {report['settings']['steps']} DDIM steps, guidance {report['settings']['guidance']:g}, seed {seed}; drawn and scored on "
+                 f"{report['hardware']}, torch {report['torch']}, {report['date']}. One training run each (seed {run['settings']['seed']}), on {run['hardware']}.")
     return "\n".join(lines) + "\n"
 
 
@@ -50,30 +53,32 @@ def long_run(name):
     """Text: how a teacher was trained and what its EMA drew on the way, from NAME.json and NAME-curve.json."""
     run, curve = read(f"{name}.json"), read(f"{name}-curve.json")
     fids, images = (", ".join(values) for values in zip(*((f"{r['c_fid']:.1f}", f"{r['images'] / 1e6:.0f}") for r in curve)))
-    return (f"`{run['command'].replace(' --resume', '')}`, {run['seconds'] / 60:.0f} minutes on {run['processes']} {run['hardware']}, resumed on the way: "
+    # what is bundled was trained before provenance knew of torchrun
+    command = re.sub("^python ", f"torchrun --nproc_per_node={run['processes']} " if run["processes"] > 1 else "python ", run["command"])
+    return (f"`{command.replace(' --resume', '')}`, {run['seconds'] / 60:.0f} minutes on {run['processes']} {run['hardware']}{', resumed on the way' * run['settings']['resume']}: "
             f"C-FID {fids} after {images} M images, at the end C-IS {curve[-1]['c_is']:.2f} and class accuracy {curve[-1]['accuracy']:.2%} (`experiments/{name}-curve.json`)")
 
 
-def by_heart(checkpoint):
-    """Text: what a run's later updates changed on training and on test images, from overfit.json."""
-    first, rows = read("overfit.json")["rows"][0], [r for r in read("overfit.json")["rows"] if r["checkpoint"] == checkpoint]
-    def fell(images):
-        changes, errors = zip(*((r["change"], r["error"]) for r in rows if r["images"] == images))
-        return f"{-sum(changes) / (sum(errors) - sum(changes)):.1%}"
-    times = ", ".join(str(r["t"]) for r in rows if r["images"] == "test")
-    return (f"after update {first['updates']:,} the error of its noise still fell by {fell('train')} on {first['n']:,} training images, "
-            f"but by {fell('test')} on as many test images (t = {times}; `experiments/overfit.py`)")
+def by_heart(name, checkpoint):
+    """Text: by how much a teacher's error on test images is above that on training images, from the JSON of overfit.py."""
+    rows = [r for r in read(name)["rows"] if r["checkpoint"] == checkpoint]
+    train, test = (sum(r["error"] for r in rows if r["images"] == images) for images in ("train", "test"))
+    return f"{test / train - 1:.1%}"
 
 
 def teacher():
-    """Markdown: what was tried for the teacher, from options.json; the long run."""
+    """Markdown: what was tried for the teacher, from options.json; the two long runs."""
     rows = read("options.json")["rows"]
-    first = rows["plain"]["settings"]
+    first, overfit = rows["plain"]["settings"], read("overfit.json")["rows"]
     names = {name: f"{name}, dropout 0" if row["settings"]["dropout"] == 0 and "dropout" not in name else name for name, row in rows.items()}
     names["plain"] = f"batch {first['batch']}, rate {first['lr']:g}, {first['shape']} decay, dropout {first['dropout']}"
-    return (f"Tried for the teacher, one run of {rows['plain']['images'] / 1e6:.1f} M images each, C-FID / C-IS (`experiments/options.py`): "
-            + "; ".join(f"{names[name]}: {r['c_fid']:.1f} / {r['c_is']:.2f}" for name, r in rows.items())
-            + f". A long run with the last settings, not bundled: {long_run('teacher-plain')}. It learned its images by heart: {by_heart('runs/teacher-plain/model.pt')}.\n")
+    return (f"**The teacher**: {long_run('teacher')}. A run before it, not bundled: {long_run('teacher-plain')}. "
+            f"Both had their lowest C-FID well before the end; why it rises is not settled. They know their images by heart a little: the error of the noise on {overfit[0]['n']:,} test images was above that on as many training images by "
+            f"{by_heart('overfit.json', 'runs/teacher-plain/last.pt')} after update {overfit[0]['updates']:,} of the earlier run and by {by_heart('overfit.json', 'runs/teacher-plain/model.pt')} "
+            f"at its end, at the end of the bundled one, with dropout, by {by_heart('overfit-dropout.json', 'checkpoints/teacher.pt')} (t = {', '.join(str(t) for t in dict.fromkeys(r['t'] for r in overfit))}; "
+            f"`experiments/overfit.py`).\n"
+            f"Tried before, one run of {rows['plain']['images'] / 1e6:.1f} M images each, C-FID / C-IS (`experiments/options.py`): "
+            + "; ".join(f"{names[name]}: {r['c_fid']:.1f} / {r['c_is']:.2f}" for name, r in rows.items()) + ".\n")
 
 
 def exact():

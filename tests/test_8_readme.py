@@ -47,24 +47,28 @@ def test_what_the_readme_says_of_its_results():
     table = importlib.import_module("table")
     report, curve = table.read("scores.json"), table.read("curve.json")["rows"]
     score = {table.name_of(path): s for path, s in report["scores"].items()}
-    teacher, none, double, single = (score[n] for n in ("teacher", "w4a3-none", "w4a3-double", "w4a3-single"))
-    assert single["c_is"] >= 0.92 * teacher["c_is"] and score["w4a4-single"]["c_is"] >= 0.95 * teacher["c_is"]
-    assert single["c_fid"] < 0.95 * none["c_fid"]                                                # beats none in C-FID
-    assert abs(single["c_is"] / none["c_is"] - 1) < 0.01                                         # level in C-IS, and with double
-    assert abs(single["c_is"] / double["c_is"] - 1) < 0.01 and abs(single["c_fid"] / double["c_fid"] - 1) < 0.02
+    teacher, none, single = (score[n] for n in ("teacher", "w4a3-none", "w4a3-single"))
+    assert single["c_is"] >= 0.92 * teacher["c_is"]
+    assert single["c_fid"] < 0.95 * none["c_fid"] and single["psnr"] > none["psnr"] + 0.5        # beats none
+    assert table.read("w4a3-single.json")["eps_error"] < 0.95 * table.read("w4a3-none.json")["eps_error"]
+    assert abs(single["c_is"] / none["c_is"] - 1) < 0.015                                        # level in C-IS
+    assert 1.5 * table.read("teacher-curve.json")[-1]["c_fid"] < teacher["c_fid"] and teacher["n"] < 5000          # few pictures, a higher C-FID
+    for curve_of in ("teacher-curve.json", "teacher-plain-curve.json"):                          # the lowest C-FID came well before the end
+        fids = [r["c_fid"] for r in table.read(curve_of)]
+        assert fids.index(min(fids)) < 0.65 * len(fids) and fids[-1] > 1.2 * min(fids)
     run = {(r["rotation"], r["order"], r["steps"]): r for r in curve}
     for order, steps in [("pool", 1), ("pool", 30), ("pool", 100), ("pool", 300), ("trajectory", 500)]:
         h, without = run["single", order, steps], run["none", order, steps]
         assert h["c_is"] > without["c_is"] and h["c_fid"] < without["c_fid"] and h["eps_error"] < without["eps_error"]
-    assert single["c_is"] == min(m["c_is"] for m in (none, double, single)) and single["accuracy"] == min(m["accuracy"] for m in (none, double, single))
     first, last = ({r: run[r, "pool", steps] for r in ("none", "double", "single")} for steps in (1, 1000))
     assert first["none"]["c_is"] < 1.5 and min(first["double"]["c_is"], first["single"]["c_is"]) > 6      # after one update: noise, pictures
     assert run["none", "trajectory", 500]["c_fid"] > 2 * run["single", "trajectory", 500]["c_fid"]         # in the paper's order far behind
     assert run["none", "pool", 300]["c_fid"] < 1.15 * run["single", "pool", 300]["c_fid"]                  # the pool teaches nearly all of it
-    assert max(r["eps_error"] for r in last.values()) < 1.05 * min(r["eps_error"] for r in last.values())  # the eps errors have met
+    for key, share in (("eps_error", 1.05), ("c_is", 1.01)):                                     # level after 1,000 updates of the earlier teacher
+        assert max(r[key] for r in last.values()) < share * min(r[key] for r in last.values())
     rates = {r["factors"]["z_x"]: r["eps_error"] for r in table.read("rates.json")["rows"] if r["rotation"] == "none"}
     assert 0.95 * rates[1] < rates[4] < rates[1]                 # zero points at four times the rate: a little better
-    assert all(s["n"] >= 5000 for s in score.values()) and report["hardware"] and report["date"] and report["command"]
+    assert report["hardware"] and report["date"] and report["command"]
 
 
 def test_legend_names_exist():
