@@ -23,7 +23,7 @@ from unet import ddim_timesteps  # noqa: E402
 
 ROWS = [("single", factors) for factors in [(0.01, 0.01, 1 / 16, 1 / 16), (0.1, 0.1, 1, 1), (1, 1, 1, 1), (1, 1, 4, 1),
                                             (1, 1, 0.25, 1), (4, 1, 1, 1), (1, 10, 1, 1)]]
-ROWS += [("double", (1, 1, 1, 1)), ("none", (1, 1, 1, 0)), ("none", (1, 1, 1, 1)), ("none", (1, 1, 1, 4))]
+ROWS += [("double", (1, 1, 1, 1)), *(("none", (1, 1, 1, z_x)) for z_x in (0, 1, 4, 16))]
 
 
 def main():
