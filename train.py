@@ -422,7 +422,6 @@ def train_teacher(args, device, out):
     state = read_state(args, out)
     torch.manual_seed(args.seed)
     model = UNet(dropout=args.dropout).to(device, memory_format=torch.channels_last)
-    same_start(model)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = adamw([{"params": list(model.parameters()), "base_lr": args.lr}], device)
     print(f"float teacher: {sum(p.numel() for p in model.parameters()):,} parameters, {len(images):,} images", flush=True)
