@@ -144,7 +144,7 @@ def start_processes(device):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group(**(dict(backend="nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo")))
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")
     return device

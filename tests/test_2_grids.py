@@ -72,6 +72,21 @@ def test_scale_search_of_many_rows_is_the_search_of_each():
         assert_close(found, torch.cat(parts))
 
 
+@pytest.mark.parametrize("bits", [3, 4])
+def test_searching_each_end_finds_the_zero_point_of_a_skewed_row(bits):
+    """Values out of a SiLU: both ends shrunk together keep one z; each alone comes within 2 % of the best of all (s, z)."""
+    torch.manual_seed(0)
+    v = torch.nn.functional.silu(torch.randn(2000, dtype=torch.float64))[None]
+    v[0, 0] = 12                                                              # an outlier
+    v = torch.cat([v, -v])                                                    # the second row's long end is below
+
+    def errors(s, z):
+        return (v - s * hqdm.quantize(v, s, z, bits, False)).square().sum(1)
+    together, each = (errors(*hqdm.search_scale(v, bits, False, 2, ends=ends)) for ends in (False, True))
+    every = torch.stack([errors(torch.full((2, 1), s), z) for s in torch.linspace(0.05, 3, 500).tolist() for z in range(2**bits)])
+    assert (each <= 1.02 * every.amin(0)).all() and (each < 0.95 * together).all()
+
+
 def test_scale_search_survives_a_dead_row():
     """A row of zeros (a pruned channel) gets a positive scale: its logarithm must exist."""
     s, z = hqdm.search_scale(torch.zeros(2, 9), 4, False, 2.4)
