@@ -874,8 +874,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def fast_gpu(x, block=32):
-    """Whether the kernels of this section take x: on Ampere and later, and anywhere in Triton's interpreter (see above)."""
-    if triton is None or not 16 <= block <= 256 or x.dtype == torch.float64:             # matrix units want blocks of 16 or more
+    """Whether the kernels of this section take x: on Ampere and later, and anywhere in Triton's interpreter (see above).
+
+    A program holds R in a multiprocessor's shared memory: 16 KB at block 64, but 256 KB at 256, more than any GPU has.
+    """
+    if triton is None or not 16 <= block <= 64 or x.dtype == torch.float64:  # matrix units want 16 or more
         return False
     return torch.cuda.get_device_properties(x.device).major >= 8 if x.is_cuda else INTERPRETED
 
@@ -1006,9 +1009,8 @@ def _walsh_gpu(x, dim, block, scale, dtype):
     side_by_side = x.ndim == 4 and dim == 1 and x.is_contiguous(memory_format=torch.channels_last)
     x = x if side_by_side else x.contiguous()
     y, vectors, inner = torch.empty_like(x, dtype=dtype), x.numel() // block, 1 if side_by_side else math.prod(x.shape[dim + 1:])
-    ROWS = 128 if block < 256 else 64                # 128 x 256 numbers do not fit a program's registers
     if vectors:
-        _walsh_kernel[(triton.cdiv(vectors, ROWS),)](x, y, vectors, scale, inner, block, ROWS)
+        _walsh_kernel[(triton.cdiv(vectors, 128),)](x, y, vectors, scale, inner, block, 128)
     return y
 
 

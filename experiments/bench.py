@@ -300,7 +300,7 @@ def scaling(device, quick):
     for n in (1, 2, 4):
         row = {"what": f"{n} GPUs", "batch": 512 * n, "images_per_s": None}
         if n <= have:
-            command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "train.py", "--steps", "1000", "--batch", str(512 * n),
+            command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "train.py", "--steps", "2000", "--batch", str(512 * n),
                        "--out", str(ROOT / "runs" / f"bench-{n}-{int(time.time())}")]
             text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
             row["images_per_s"] = float(np.median([float(v) for v in re.findall(r"([\d.]+) images/s", text)[2:]]))      # after the start
