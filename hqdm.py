@@ -246,8 +246,8 @@ def search_scale(v, bits, symmetric, p, shrinks=80, lo=None, hi=None, ends=False
     q_min, q_max = grid(bits, symmetric)
     shrink = 1 - torch.arange(shrinks, device=v.device, dtype=v.dtype).view(-1, 1, 1) / shrinks
     one = torch.ones_like(shrink)
-    lo, hi = (end * torch.cat(factors) if ends else end * shrink
-              for end, factors in ((lo, (shrink, shrink, one)), (hi, (shrink, one, shrink))))     # (80 or 240, R, 1)
+    low, high = (torch.cat([shrink, shrink, one]), torch.cat([shrink, one, shrink])) if ends else (shrink, shrink)
+    lo, hi = lo * low, hi * high                                             # (80 or 240, R, 1)
     s = (torch.maximum(-lo, hi) / q_max if symmetric else (hi - lo) / (q_max - q_min)).clamp(min=1e-8)   # a row of zeros: any scale
     z = torch.zeros_like(s) if symmetric else (-lo / s).round().clamp(q_min, q_max)
     error = (v - s * quantize(v, s, z, bits, symmetric)).abs().pow(p).sum(2, keepdim=True)      # (80 or 240, R, 1)

@@ -366,11 +366,11 @@ def table(rows):
 
 
 def chart(report, path):
-    """Bars of four parts (the transform in its first layout) and the growth of the transform, for every device in the report."""
+    """Bars of four parts (the transform in its first layout) and the growth of the transform, for every device that has these parts."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    devices = list(report)
+    devices = [name for name in report if "update" in report[name]["parts"]]
     fig, axes = plt.subplots(len(devices), 5, figsize=(20, 2.6 * len(devices)), layout="constrained", squeeze=False)
     for row, name in zip(axes, devices):
         parts = report[name]["parts"]

@@ -47,29 +47,37 @@ def test_what_the_readme_says_of_its_results():
     table = importlib.import_module("table")
     report, curve = table.read("scores.json"), table.read("curve.json")["rows"]
     score = {table.name_of(path): s for path, s in report["scores"].items()}
-    teacher, none, single = (score[n] for n in ("teacher", "w4a3-none", "w4a3-single"))
+    teacher, none, double, single = (score[n] for n in ("teacher", "w4a3-none", "w4a3-double", "w4a3-single"))
     assert single["c_is"] >= 0.92 * teacher["c_is"]
-    assert single["c_fid"] < 0.95 * none["c_fid"] and single["psnr"] > none["psnr"] + 0.5        # beats none
-    assert table.read("w4a3-single.json")["eps_error"] < 0.95 * table.read("w4a3-none.json")["eps_error"]
-    assert abs(single["c_is"] / none["c_is"] - 1) < 0.015                                        # level in C-IS
-    assert 1.5 * table.read("teacher-curve.json")[-1]["c_fid"] < teacher["c_fid"] and teacher["n"] < 5000          # few pictures, a higher C-FID
+    assert single["c_fid"] < 0.9 * none["c_fid"] and single["c_is"] > 1.01 * none["c_is"] and single["accuracy"] > none["accuracy"]      # beats none
+    assert 1 < double["c_fid"] / single["c_fid"] < 1.05 and 1 < single["c_is"] / double["c_is"] < 1.005      # double by less than a run may differ
+    assert none["psnr"] > single["psnr"] > 0.97 * none["psnr"]                                   # in PSNR none is ahead
     for curve_of in ("teacher-curve.json", "teacher-plain-curve.json"):                          # the lowest C-FID came well before the end
         fids = [r["c_fid"] for r in table.read(curve_of)]
         assert fids.index(min(fids)) < 0.65 * len(fids) and fids[-1] > 1.2 * min(fids)
+    whole = table.read("teacher-curve.json")[-1]                                                 # half precision changes less than 1 %
+    assert all(abs(teacher[key] / whole[key] - 1) < 0.01 for key in ("c_fid", "c_is", "accuracy"))
     run = {(r["rotation"], r["order"], r["steps"]): r for r in curve}
-    for order, steps in [("pool", 1), ("pool", 30), ("pool", 100), ("pool", 300), ("trajectory", 500)]:
-        h, without = run["single", order, steps], run["none", order, steps]
-        assert h["c_is"] > without["c_is"] and h["c_fid"] < without["c_fid"] and h["eps_error"] < without["eps_error"]
-    first, last = ({r: run[r, "pool", steps] for r in ("none", "double", "single")} for steps in (1, 1000))
-    assert first["none"]["c_is"] < 1.5 and min(first["double"]["c_is"], first["single"]["c_is"]) > 6      # after one update: noise, pictures
-    assert run["none", "trajectory", 500]["c_fid"] > 2 * run["single", "trajectory", 500]["c_fid"]         # in the paper's order far behind
-    assert run["none", "pool", 300]["c_fid"] < 1.15 * run["single", "pool", 300]["c_fid"]                  # the pool teaches nearly all of it
-    for key, share in (("eps_error", 1.05), ("c_is", 1.01)):                                     # level after 1,000 updates of the earlier teacher
-        assert max(r[key] for r in last.values()) < share * min(r[key] for r in last.values())
-    rows = table.read("rates.json")["rows"]
-    rates = {r["factors"]["z_x"]: r["eps_error"] for r in rows if r["rotation"] == "none"}
-    assert rates[0] == rates[1] and 0.6 < rates[4] / rates[1] < 0.7                              # zero points that do not move, or at four times the rate
-    assert rates[16] < min(r["eps_error"] for r in rows if r["rotation"] == "single")
+    ratio = {steps: run["none", "pool", steps]["c_fid"] / run["single", "pool", steps]["c_fid"] for steps in (1, 30, 100, 300, 1000)}
+    assert 1.9 < ratio[1] < 2.4 and 1.25 < ratio[100] < 1.4 and 1.1 < ratio[1000] < 1.2          # twice, a third, a sixth
+    for steps in ratio:                                                                          # always ahead of none, level with double
+        none, double, single = (run[r, "pool", steps] for r in ("none", "double", "single"))
+        assert single["c_is"] > none["c_is"] and single["c_fid"] < none["c_fid"]
+        assert steps == 1 or 0.95 < single["c_fid"] / double["c_fid"] < 1.05
+    assert abs(none["eps_error"] / single["eps_error"] - 1) < 0.01                               # level after 1,000
+    none, double, single = (run[r, "trajectory", 500] for r in ("none", "double", "single"))
+    assert double["c_fid"] < 0.85 * none["c_fid"] and single["c_fid"] > none["c_fid"]            # in the paper's order double gains, single does not
+    rates = {r["ends"]: r for r in table.read("rates.json")["rows"] if r["rotation"] == "none" and r["factors"]["z_x"] == 1}
+    assert 2.5 < rates[False]["eps_error_untrained"] / rates[True]["eps_error_untrained"] < 2.7  # zero points that are not searched
+    assert 1.65 < rates[False]["eps_error"] / rates[True]["eps_error"] < 1.75
+    assert rates[True]["eps_error"] < min(r["eps_error"] for r in table.read("rates.json")["rows"] if r["rotation"] == "single")      # ours is ahead there
+    rows = {r["batch"]: r for r in table.read("bench.json")["h200"]["parts"]["training"] if r["what"].startswith("ours")}
+    assert rows[512]["images_per_s"] < 20_000 < rows[1024]["images_per_s"]                       # missed at 512: by these two rows
+    assert 0.25 < (2 * rows[512]["ms"] - rows[1024]["ms"]) / rows[512]["ms"] < 0.33              # near a third of a step does not grow
+    fine = table.read("scores-200.json")["scores"]["checkpoints/teacher.pt"]
+    assert 1.18 < teacher["c_fid"] / fine["c_fid"] < 1.25                                        # 50 steps a fifth above 200
+    even, *closer = table.read("spacing.json")["rows"]
+    assert even["power"] == 1 and all(even["c_fid"] - (teacher["c_fid"] - fine["c_fid"]) < r["c_fid"] < even["c_fid"] for r in closer)    # part of it
     assert report["hardware"] and report["date"] and report["command"]
 
 
