@@ -232,13 +232,13 @@ def search_scale(v, bits, symmetric, p, shrinks=80, lo=None, hi=None, ends=False
     """Rows of v (R, n) -> scale s (R, 1) and zero point z (R, 1), by trying 80 shrinks of each row's (min, max).
 
     Kept is the shrink with the least sum |v - v_hat|^p: p = 2.4 for weights (the authors' code), 2 for activations.
-    lo, hi (R, 1): the range to shrink, where v is only a sample. ends: shrink each end alone, too (asymmetric only).
+    lo, hi (R, 1): the range to shrink, where v is only a sample. ends: shrink each end alone, too, for asymmetric grids.
     Shrunk together they never change z. Values out of a SiLU lie between -0.28 and 5, say: at 3 bits that is z = 0, and
     all that is negative is lost. With the lower end kept, the upper one can come down until z = 1.
     All candidates are tried at once: (80, R, n) or (240, R, n); on a CPU for a few rows at a time, so that this stays in
     the cache (measured: seven times faster).
     """
-    few = max(1, 2**21 // (shrinks * v.shape[1]))
+    few = max(1, 2**21 // ((3 if ends else 1) * shrinks * v.shape[1]))
     if v.device.type == "cpu" and len(v) > few and lo is None and hi is None:
         return tuple(map(torch.cat, zip(*(search_scale(rows, bits, symmetric, p, shrinks, ends=ends) for rows in v.split(few)))))
     lo = (v.amin(1, keepdim=True) if lo is None else lo).clamp(max=0)        # 0 stays on the grid: zero padding is exact
@@ -637,11 +637,14 @@ class HQLayer(nn.Module):
 
     @torch.no_grad()
     def fit_input(self, x, samples=8192):
-        """Set the activation scale of the clock's step by least squared error on x, a float input of this layer."""
+        """Set the activation scale (and zero point) of the clock's step by least squared error on x.
+
+        x: a float input of this layer, all samples at that one step.
+        """
         v = self._rotated(x).flatten()
         pick = torch.randint(len(v), (samples,), generator=torch.Generator().manual_seed(0)).to(v.device)
         lo, hi = v.amin().view(1, 1), v.amax().view(1, 1)        # the range of all values; the error of a sample
-        ends = not self.symmetric and self.abits <= 8            # 16 bits only lose by clipping what the sample missed
+        ends = not self.symmetric and self.abits <= 8            # beyond, all it can do is clip what the sample missed
         s, z = search_scale(v[pick][None], self.abits, self.symmetric, p=2, lo=lo, hi=hi, ends=ends)
         step = 0 if self.clock.step is None else self.clock.step[0]
         self.log_s_x[step] = s[0, 0].log()
@@ -797,7 +800,7 @@ def format_report(rows):
 
 @torch.no_grad()
 def calibrate(student, teacher, batches):
-    """Set all activation scales from the float model's own activations, step by step, by least squared error.
+    """Set all activation scales and zero points from the float model's own activations, step by step, by least squared error.
 
     student: quantize_unet of a copy of teacher. batches: (x_t, t, y) of a few teacher trajectories, one t a batch.
     """
@@ -862,8 +865,9 @@ def set_integer(model, on=True, view="B"):
 # ---------------------------------------------------------------- 6. the same in one pass over a GPU's memory
 
 # Optional, to run and to read: everything here has its definition above, and the tests compare the two. Triton comes with
-# torch on Linux; where it is missing, and on GPUs older than Ampere, the definitions do the work. A tensor is channels_last
-# or contiguous here: a pixel's (or a token's) channels lie side by side, and so do the blocks of the transform.
+# torch on Linux; where it is missing, on GPUs older than Ampere, and for blocks outside 16 .. 64, the definitions do the
+# work. A tensor is channels_last or contiguous here: a pixel's (or a token's) channels lie side by side, and so do the
+# blocks of the transform.
 # To step through a kernel without a GPU: TRITON_INTERPRET=1 python -m pytest tests/test_1* tests/test_3*
 try:
     import triton
@@ -876,7 +880,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def fast_gpu(x, block=32):
     """Whether the kernels of this section take x: on Ampere and later, and anywhere in Triton's interpreter (see above).
 
-    A program holds R in a multiprocessor's shared memory: 16 KB at block 64, but 256 KB at 256, more than any GPU has.
+    A program holds R in a multiprocessor's shared memory: 16 KB at block 64, but 64 KB at 128, more than some GPUs have.
     """
     if triton is None or not 16 <= block <= 64 or x.dtype == torch.float64:  # matrix units want 16 or more
         return False

@@ -5,7 +5,7 @@
 
 scores.json and scores-200.json (200 DDIM steps) are what sample.py --score wrote, real.json what real.py did, NAME.json the metrics.json of the run that made each checkpoint,
 teacher-curve.json what its EMA drew on the way, teacher-plain.json and teacher-plain-curve.json the same of a run without dropout,
-options.json what options.py tried, overfit.json and overfit-dropout.json what overfit.py measured, exact-cpu.json and exact-cuda.json what exact.py counted, bench.json what bench.py measured.
+options.json what options.py tried (spacing.json and rates.json are cited, not shown), overfit.json and overfit-dropout.json what overfit.py measured, exact-cpu.json and exact-cuda.json what exact.py counted, bench.json what bench.py measured.
 """
 import json
 import re
@@ -74,7 +74,7 @@ def teacher():
     names = {name: f"{name}, dropout 0" if row["settings"]["dropout"] == 0 and "dropout" not in name else name for name, row in rows.items()}
     names["plain"] = f"batch {first['batch']}, rate {first['lr']:g}, {first['shape']} decay, dropout {first['dropout']}"
     return (f"**The teacher**: {long_run('teacher')}. Its half-precision file has C-FID {half['c_fid']:.2f} and C-IS {half['c_is']:.3f} (float32: {whole['c_fid']:.2f}, {whole['c_is']:.3f}); "
-            f"with 200 DDIM steps instead of 50, {fine['c_fid']:.2f} and {fine['c_is']:.3f}. A run before it, not bundled: {long_run('teacher-plain')}. "
+            f"with {read('scores-200.json')['settings']['steps']} DDIM steps instead of {read('scores.json')['settings']['steps']}, {fine['c_fid']:.2f} and {fine['c_is']:.3f}. A run before it, not bundled: {long_run('teacher-plain')}. "
             f"Both had their lowest C-FID well before the end; why it rises is not settled. They know their images by heart a little: the error of the noise on {overfit[0]['n']:,} test images was above that on as many training images by "
             f"{by_heart('overfit.json', 'runs/teacher-plain/last.pt')} after update {overfit[0]['updates']:,} of the earlier run and by {by_heart('overfit.json', 'runs/teacher-plain/model.pt')} "
             f"at its end, at the end of the bundled one, with dropout, by {by_heart('overfit-dropout.json', 'checkpoints/teacher.pt')} (t = {', '.join(str(t) for t in dict.fromkeys(r['t'] for r in overfit))}; "
@@ -127,7 +127,7 @@ def speed():
                  f"| {speeds['ours']:,.0f} / {speeds['ours, batch 1024']:,.0f}; {g['float_vs_ddpm_pytorch']:.1f} / {g['float_vs_diffusers']:.1f} ({compiled}) | {c['float_images_per_s']:.0f} | training |")
     gpus = report["h100"]["parts"]["scaling"]
     one, two = (next(r["images_per_s"] for r in gpus if r["what"] == f"{n} GPUs") for n in (1, 2))
-    lines.append(f"| the same by torchrun on 1 / 2 GPUs, 512 images each | on H100: {one:,.0f} / {two:,.0f}, {report['h100']['figures']['ddp_speedup_2']:.2f} times; 4 were not to be had | | scaling |")
+    lines.append(f"| the same by torchrun on 1 / 2 GPUs, 512 images each | on H100: {one:,.0f} / {two:,.0f}, {report['h100']['figures']['ddp_speedup_2']:.2f} times; 4 not measured | | scaling |")
     lines.append(f"| seconds of `make test` / the notebook / `make train` | | {c['seconds_tests']:.0f} / {c['seconds_notebook']:.0f} / {c['seconds_train']:.0f} | commands |")
     return "\n".join(lines) + "\n"
 

@@ -73,6 +73,15 @@ def test_kernels_are_their_definitions(rotation, block, monkeypatch):
         assert (ours - theirs).norm() < 2e-3 * theirs.norm()     # a rare value on the border of two steps may round either way
 
 
+def test_the_baseline_calibrates_its_zero_point():
+    """Values out of a SiLU and one outlier, at 3 bits: the zero point leaves a level below 0, which a grid over the range lacks."""
+    new, x, _ = layer("conv", "none", 4, 3)
+    v = F.silu(torch.randn_like(x))
+    v[0, 0, 0, 0] = 12
+    new.fit_input(v)
+    assert new.z_x.tolist() == [1] * len(new.z_x) and round(0.28 / (12.28 / 7)) == 0
+
+
 @pytest.mark.parametrize("rotation", hqdm.ROTATIONS)
 def test_sixteen_bits_reproduce_the_float_layer(rotation):
     """The limit of many bits is the float layer: nothing is left out and nothing scaled twice."""

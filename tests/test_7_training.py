@@ -556,7 +556,7 @@ def test_two_processes_share_one_batch(kind, teacher_file, tmp_path):
     for n in (1, 2):                                             # 5 pictures: the second process draws two of them
         pictures, labels = torch.load(tmp_path / f"{n}-pictures.pt")
         apart = (pictures.int() - whole[0].int()).abs().float()             # a batch of another size rounds a little differently:
-        assert torch.equal(labels, whole[1]) and (apart.max() <= 1 if kind == "cpu" else apart.mean() < 2)   # on a GPU to 11 bits
+        assert torch.equal(labels, whole[1]) and (apart.max() <= 1 if kind == "cpu" else apart.mean() < 4)   # on a GPU to 11 bits
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["processes"] == 2 and metrics["command"].startswith("torchrun --nproc_per_node=2 ") and len(metrics["losses"]) == metrics["settings"]["steps"]
 

@@ -50,7 +50,7 @@ def test_what_the_readme_says_of_its_results():
     teacher, none, double, single = (score[n] for n in ("teacher", "w4a3-none", "w4a3-double", "w4a3-single"))
     assert single["c_is"] >= 0.92 * teacher["c_is"]
     assert single["c_fid"] < 0.9 * none["c_fid"] and single["c_is"] > 1.01 * none["c_is"] and single["accuracy"] > none["accuracy"]      # beats none
-    assert 1 < double["c_fid"] / single["c_fid"] < 1.05 and 1 < single["c_is"] / double["c_is"] < 1.005      # double by less than a run may differ
+    assert 1.015 < double["c_fid"] / single["c_fid"] < 1.025 and 1.0005 < single["c_is"] / double["c_is"] < 1.0015      # double by 2 % and 0.1 %
     assert none["psnr"] > single["psnr"] > 0.97 * none["psnr"]                                   # in PSNR none is ahead
     for curve_of in ("teacher-curve.json", "teacher-plain-curve.json"):                          # the lowest C-FID came well before the end
         fids = [r["c_fid"] for r in table.read(curve_of)]
@@ -66,10 +66,12 @@ def test_what_the_readme_says_of_its_results():
         assert steps == 1 or 0.95 < single["c_fid"] / double["c_fid"] < 1.05
     assert abs(none["eps_error"] / single["eps_error"] - 1) < 0.01                               # level after 1,000
     none, double, single = (run[r, "trajectory", 500] for r in ("none", "double", "single"))
-    assert double["c_fid"] < 0.85 * none["c_fid"] and single["c_fid"] > none["c_fid"]            # in the paper's order double gains, single does not
+    assert double["c_fid"] < 0.85 * none["c_fid"] and single["c_fid"] > none["c_fid"]            # in the paper's order double beats none, single does not
     rates = {r["ends"]: r for r in table.read("rates.json")["rows"] if r["rotation"] == "none" and r["factors"]["z_x"] == 1}
     assert 2.5 < rates[False]["eps_error_untrained"] / rates[True]["eps_error_untrained"] < 2.7  # zero points that are not searched
     assert 1.65 < rates[False]["eps_error"] / rates[True]["eps_error"] < 1.75
+    quick = next(r for r in table.read("rates.json")["rows"] if not r["ends"] and r["factors"]["z_x"] == 16)
+    assert quick["eps_error"] < 1.1 * rates[True]["eps_error"]                                   # quicker zero points repair most of it
     assert rates[True]["eps_error"] < min(r["eps_error"] for r in table.read("rates.json")["rows"] if r["rotation"] == "single")      # ours is ahead there
     rows = {r["batch"]: r for r in table.read("bench.json")["h200"]["parts"]["training"] if r["what"].startswith("ours")}
     assert rows[512]["images_per_s"] < 20_000 < rows[1024]["images_per_s"]                       # missed at 512: by these two rows
