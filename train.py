@@ -144,7 +144,8 @@ def start_processes(device):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group(**(dict(backend="nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo")))
+        cuda = device.type == "cuda"
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")
     return device

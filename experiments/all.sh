@@ -58,7 +58,7 @@ scores() {
     $PYTHON sample.py checkpoints/teacher.pt checkpoints/w4a3-none.pt runs/w4a3-double/model.pt checkpoints/w4a3-single.pt \
         runs/w4a4-single/model.pt --score -n 5000 --out experiments/scores.png
     $PYTHON sample.py checkpoints/teacher.pt --steps 200 --score -n 5000 --out experiments/scores-200.png
-    $PYTHON experiments/spacing.py -n 5000 --out experiments/spacing.json
+    $PYTHON experiments/spacing.py -n 5000
     for device in cuda cpu; do
         $PYTHON experiments/exact.py checkpoints/w4a3-none.pt checkpoints/w4a3-single.pt runs/w4a3-double/model.pt -n 16 \
             --device $device --out experiments/exact-$device.json

@@ -23,7 +23,7 @@ from train import HERE, adamw, distil_updates, eps_error, make_pool, pool_batche
 from unet import ddim_timesteps  # noqa: E402
 
 ROWS = [("single", factors, True) for factors in [(0.01, 0.01, 1 / 16, 1 / 16), (0.1, 0.1, 1, 1), (1, 1, 1, 1), (1, 1, 4, 1),
-                                            (1, 1, 0.25, 1), (4, 1, 1, 1), (1, 10, 1, 1)]]
+                                                  (1, 1, 0.25, 1), (4, 1, 1, 1), (1, 10, 1, 1)]]
 ROWS += [("double", (1, 1, 1, 1), True), *(("none", (1, 1, 1, z_x), ends) for ends in (False, True) for z_x in (1, 4, 16))]
 
 

@@ -1,7 +1,7 @@
-"""Would other DDIM steps draw better? The teacher's pictures with steps t = 999 u^p, u even from 1 to 0.
+"""Would other DDIM steps draw better? The teacher's pictures with steps t = 999 u^p, u even from 1 to 0 -> spacing.json.
 
-    python experiments/spacing.py --out experiments/spacing.json     # p = 1 (what we use), 1.5 and 2, 50 steps each
-    python experiments/spacing.py --powers 1 1.5 --steps 50 200 -n 5000
+    python experiments/spacing.py                                # p = 1 (what we use), 1.5 and 2, 50 steps each
+    python experiments/spacing.py --powers 1 1.5 --steps 50 200 -n 5000 --out FILE.json
 
 p = 2 is the quadratic choice that the DDIM paper makes for CIFAR-10 (appendix D.2): more steps near the picture.
 """
@@ -32,7 +32,7 @@ def main():
     parser.add_argument("--powers", nargs="+", type=float, default=[1, 1.5, 2])
     parser.add_argument("--steps", nargs="+", type=positive, default=[50])
     parser.add_argument("-n", type=positive, default=500)
-    parser.add_argument("--out", help="a JSON file; without it the rows are only printed")
+    parser.add_argument("--out", default=str(HERE / "spacing.json"))
     parser.add_argument("--device")
     args = parser.parse_args()
     check_out(args.out)
@@ -46,8 +46,7 @@ def main():
             rows.append({"power": power, "steps": steps, "last_times": spaced(power)(steps)[-5:].tolist(),
                          **score(pictures, labels), "psnr_to_first": psnr(pictures, first)})
             print(rows[-1], flush=True)
-    if args.out:
-        write_json(args.out, {"rows": rows, **provenance(args, device, time.time() - start)})
+    write_json(args.out, {"rows": rows, **provenance(args, device, time.time() - start)})
 
 
 if __name__ == "__main__":

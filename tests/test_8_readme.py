@@ -50,7 +50,7 @@ def test_what_the_readme_says_of_its_results():
     teacher, none, double, single = (score[n] for n in ("teacher", "w4a3-none", "w4a3-double", "w4a3-single"))
     assert single["c_is"] >= 0.92 * teacher["c_is"]
     assert single["c_fid"] < 0.9 * none["c_fid"] and single["c_is"] > 1.01 * none["c_is"] and single["accuracy"] > none["accuracy"]      # beats none
-    assert 1.015 < double["c_fid"] / single["c_fid"] < 1.025 and 1.0005 < single["c_is"] / double["c_is"] < 1.0015      # double by 2 % and 0.1 %
+    assert 1 < double["c_fid"] / single["c_fid"] < 1.05 and 1 < single["c_is"] / double["c_is"] < 1.005      # double only by a little
     assert none["psnr"] > single["psnr"] > 0.97 * none["psnr"]                                   # in PSNR none is ahead
     for curve_of in ("teacher-curve.json", "teacher-plain-curve.json"):                          # the lowest C-FID came well before the end
         fids = [r["c_fid"] for r in table.read(curve_of)]
@@ -59,7 +59,7 @@ def test_what_the_readme_says_of_its_results():
     assert all(abs(teacher[key] / whole[key] - 1) < 0.01 for key in ("c_fid", "c_is", "accuracy"))
     run = {(r["rotation"], r["order"], r["steps"]): r for r in curve}
     ratio = {steps: run["none", "pool", steps]["c_fid"] / run["single", "pool", steps]["c_fid"] for steps in (1, 30, 100, 300, 1000)}
-    assert 1.9 < ratio[1] < 2.4 and 1.25 < ratio[100] < 1.4 and 1.1 < ratio[1000] < 1.2          # twice, a third, a sixth
+    assert ratio[1] > 1.3 * ratio[100] > 1.3 * 1.1 * ratio[1000] > 1.3 * 1.1 * 1.1               # most when training is short
     for steps in ratio:                                                                          # always ahead of none, level with double
         none, double, single = (run[r, "pool", steps] for r in ("none", "double", "single"))
         assert single["c_is"] > none["c_is"] and single["c_fid"] < none["c_fid"]
@@ -68,16 +68,13 @@ def test_what_the_readme_says_of_its_results():
     none, double, single = (run[r, "trajectory", 500] for r in ("none", "double", "single"))
     assert double["c_fid"] < 0.85 * none["c_fid"] and single["c_fid"] > none["c_fid"]            # in the paper's order double beats none, single does not
     rates = {r["ends"]: r for r in table.read("rates.json")["rows"] if r["rotation"] == "none" and r["factors"]["z_x"] == 1}
-    assert 2.5 < rates[False]["eps_error_untrained"] / rates[True]["eps_error_untrained"] < 2.7  # zero points that are not searched
-    assert 1.65 < rates[False]["eps_error"] / rates[True]["eps_error"] < 1.75
-    quick = next(r for r in table.read("rates.json")["rows"] if not r["ends"] and r["factors"]["z_x"] == 16)
-    assert quick["eps_error"] < 1.1 * rates[True]["eps_error"]                                   # quicker zero points repair most of it
+    assert all(rates[False][key] > 1.5 * rates[True][key] for key in ("eps_error_untrained", "eps_error"))       # zero points that are not searched
     assert rates[True]["eps_error"] < min(r["eps_error"] for r in table.read("rates.json")["rows"] if r["rotation"] == "single")      # ours is ahead there
     rows = {r["batch"]: r for r in table.read("bench.json")["h200"]["parts"]["training"] if r["what"].startswith("ours")}
     assert rows[512]["images_per_s"] < 20_000 < rows[1024]["images_per_s"]                       # missed at 512: by these two rows
     assert 0.25 < (2 * rows[512]["ms"] - rows[1024]["ms"]) / rows[512]["ms"] < 0.33              # near a third of a step does not grow
     fine = table.read("scores-200.json")["scores"]["checkpoints/teacher.pt"]
-    assert 1.18 < teacher["c_fid"] / fine["c_fid"] < 1.25                                        # 50 steps a fifth above 200
+    assert teacher["c_fid"] > 1.1 * fine["c_fid"]                                                # 50 steps miss their goal
     even, *closer = table.read("spacing.json")["rows"]
     assert even["power"] == 1 and all(even["c_fid"] - (teacher["c_fid"] - fine["c_fid"]) < r["c_fid"] < even["c_fid"] for r in closer)    # part of it
     assert report["hardware"] and report["date"] and report["command"]
