@@ -42,15 +42,14 @@ def group_norm(x, groups, weight, bias, eps):
     var_c, mean_c = torch.var_mean(x.float(), dim=(2, 3), correction=0)                  # (B, C)
     var_c, mean_c = (rearrange(v, "B (G c) -> B G c", G=groups) for v in (var_c, mean_c))
     mean = mean_c.mean(dim=2, keepdim=True)                                              # (B, G, 1)
-    var = (var_c + (mean_c - mean) ** 2).mean(dim=2, keepdim=True)                       # within channels and between them
+    var = (var_c + (mean_c - mean) ** 2).mean(dim=2, keepdim=True)                       # within channels and between
     scale = rearrange((var + eps).rsqrt().expand_as(var_c), "B G c -> B (G c)") * weight
     shift = bias - rearrange(mean.expand_as(var_c), "B G c -> B (G c)") * scale
     return torch.addcmul(rearrange(shift, "B C -> B C 1 1"), x, rearrange(scale, "B C -> B C 1 1"))
 
 
 class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm. CUDA's own kernel reads NCHW alone, and our networks are channels_last: with it a quarter of a forward
-    pass went into copies."""
+    """nn.GroupNorm, on CUDA without copies: its own kernel reads NCHW alone, and our networks are channels_last."""
 
     def forward(self, x):
         return group_norm(x, self.num_groups, self.weight, self.bias, self.eps) if x.is_cuda else super().forward(x)
@@ -99,9 +98,8 @@ class UNet(nn.Module):
     """eps_theta(x_t, t, y): the noise in an image, DDPM's UNet at a quarter of its size (9 M parameters).
 
     x (B, 3, size, size) float, t (B,) int, y (B,) int or None -> (B, 3, size, size).
-    Every inner width is a multiple of 32, the default Hadamard block. Dropout, which DDPM's network of four times the size
-    needs, did not help this one in short runs (experiments/options.json). The bundled teacher had 0.05 in a long one: at
-    the end it draws about as well as another without, and knows its images less by heart (overfit.json, overfit-dropout.json).
+    Every inner width is a multiple of 32, the default Hadamard block. Dropout, which DDPM's larger network needs, did
+    not help this one in short runs; the bundled teacher had 0.05 in a long one (experiments/README.md).
     Raises ValueError where a width is not a multiple of 32.
     """
 
@@ -131,7 +129,8 @@ class UNet(nn.Module):
                 widths.append(c)
                 side //= 2
 
-        self.mid1, self.mid_attn, self.mid2 = ResBlock(c, c, c_emb, dropout), Attention(c), ResBlock(c, c, c_emb, dropout)
+        self.mid1, self.mid_attn = ResBlock(c, c, c_emb, dropout), Attention(c)
+        self.mid2 = ResBlock(c, c, c_emb, dropout)
 
         # Up: one ResBlock more a level than down, because each takes one stored tensor from the way down.
         self.up = nn.ModuleList()
@@ -191,7 +190,7 @@ class UNet(nn.Module):
 
 @functools.lru_cache                                 # one copy a device: moving it at each call would stall the GPU
 def alpha_bars(device="cpu"):
-    """(T,) float32: prod_{i <= t} (1 - beta_i) with DDPM's linear betas 1e-4 .. 0.02; the product is taken in float64."""
+    """(T,) float32: prod_{i <= t} (1 - beta_i), taken in float64, with DDPM's linear betas 1e-4 .. 0.02."""
     betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
     return torch.cumprod(1 - betas, dim=0).float().to(device)
 
@@ -205,8 +204,8 @@ def add_noise(x_0, t, eps):
 def ddpm_loss(model, x_0, y, classes, drop=0.1, rows=slice(None), gamma=5.0):
     """Scalar: squared error of the predicted noise at random times (DDPM eq. 14), mean of all samples.
 
-    Nearly clean samples count less: weight min(snr, gamma) / snr with snr = abar / (1 - abar) (min-SNR, Hang et al. 2023,
-    arXiv 2303.09556). gamma = inf is DDPM's plain mean; experiments/options.json has the comparison.
+    Nearly clean samples count less: weight min(snr, gamma) / snr with snr = abar / (1 - abar) (min-SNR, Hang et al.
+    2023, arXiv 2303.09556). gamma = inf is DDPM's plain mean; experiments/options.json compares.
     x_0 (B, 3, h, w) in [-1, 1], y (B,). A share `drop` of the labels becomes "none", so that one network learns
     both the conditional and the unconditional noise (classifier-free guidance, Ho & Salimans 2022, arXiv 2207.12598).
     rows: the samples to compute; times and noise are drawn for all, so that several processes can share one batch.
@@ -226,6 +225,16 @@ def ddim_timesteps(steps):
     if not 1 <= steps <= T:
         raise ValueError(f"DDIM steps = {steps} is outside 1 .. {T}")
     return torch.linspace(T - 1, 0, steps).round().long() if steps > 1 else torch.tensor([T - 1])
+
+
+def ddim_step(x, eps, a_t, a_s, sigma=0.0):
+    """x_t and the noise in it -> (x_s, x_0~): DDIM eq. 12 from t down to s, without its random part.
+
+    a_t, a_s: abar at t and s (1: the picture itself), numbers or tensors (B, 1, 1, 1).
+    """
+    # Real pixels lie in [-1, 1]; without the clamp early errors at t near T are blown up by 1/sqrt(abar) = 157.
+    x_0 = ((x - (1 - a_t) ** 0.5 * eps) / a_t**0.5).clamp(-1, 1)
+    return a_s**0.5 * x_0 + (1 - a_s - sigma**2) ** 0.5 * eps, x_0
 
 
 @torch.no_grad()
@@ -252,10 +261,7 @@ def ddim(model, x, y=None, steps=50, guidance=1.0, eta=0.0, generator=None):
             none = model(x, tt, torch.full_like(y, model.classes))
             eps = none + guidance * (model(x, tt, y) - none)
         a_t, a_s = abar[t], 1.0 if s is None else abar[s]
-        # Real pixels lie in [-1, 1]; without the clamp early errors at t near T are blown up by 1/sqrt(abar) = 157.
-        x_0 = ((x - math.sqrt(1 - a_t) * eps) / math.sqrt(a_t)).clamp(-1, 1)
-        yield t, x, eps, x_0
         sigma = eta * math.sqrt((1 - a_s) / (1 - a_t) * (1 - a_t / a_s))
-        x = math.sqrt(a_s) * x_0 + math.sqrt(max(1 - a_s - sigma**2, 0.0)) * eps
-        if sigma > 0:
-            x = x + sigma * torch.randn(x.shape, generator=generator, device=x.device)
+        x_s, x_0 = ddim_step(x, eps, a_t, a_s, sigma)
+        yield t, x, eps, x_0
+        x = x_s + sigma * torch.randn(x.shape, generator=generator, device=x.device) if sigma > 0 else x_s

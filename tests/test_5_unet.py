@@ -4,36 +4,39 @@ import math
 import pytest
 import torch
 import torch.nn as nn
+from conftest import DEVICES
 from torch.testing import assert_close
 
 import unet as U
-from conftest import DEVICES
 
 
 def test_size_and_widths():
-    """About 9 M parameters; every inner width is a multiple of 32, so that the default Hadamard block fits all layers."""
+    """About 9 M parameters; every inner width is a multiple of 32, so that the default block fits all layers."""
     unet = U.UNet()
     assert 8.5e6 < sum(p.numel() for p in unet.parameters()) < 9.5e6
-    inner = [m.weight.shape[1] for n, m in unet.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and n != "conv_in"]
-    assert all(c % 32 == 0 for c in inner) and len(inner) > 80
+    layers = [(name, m) for name, m in unet.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    assert len(layers) > 81 and all(m.weight.shape[1] % 32 == 0 for name, m in layers if name != "conv_in")
+    with pytest.raises(ValueError, match="channels = 48 is not a multiple of 32"):
+        U.UNet(channels=48)
 
 
 def test_shapes_and_labels(unet):
-    """Output has the input's shape; y = None means "none", the last row of the class table; labels matter; so does t."""
+    """Output has the input's shape; y = None means "none", the last row of the class table; labels and t matter."""
     x, t = torch.randn(2, 3, 32, 32), torch.tensor([3, 700])
     none = unet(x, t)
-    assert none.shape == x.shape
-    assert torch.equal(none, unet(x, t, torch.tensor([10, 10]))) and not torch.equal(none, unet(x, t, torch.tensor([1, 2])))
+    assert none.shape == x.shape and torch.equal(none, unet(x, t, torch.tensor([10, 10])))
+    assert not torch.equal(none, unet(x, t, torch.tensor([1, 2])))
     assert not torch.allclose(none[1], unet(x, torch.tensor([3, 200]))[1])
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("offset", [0.0, 100.0])
 def test_group_norm_is_pytorchs(offset, device):
-    """group_norm and GroupNorm have the values and gradients of F.group_norm in float64, also where the mean is far larger than the spread."""
+    """Values and gradients of F.group_norm in float64, also where the mean is far larger than the spread."""
     norm = U.GroupNorm(32, 64).to(device)
     torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
-    x = (torch.randn(3, 64, 5, 4, device=device) + offset).contiguous(memory_format=torch.channels_last).requires_grad_()
+    x = torch.randn(3, 64, 5, 4, device=device) + offset
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
     g, x64 = torch.randn(3, 64, 5, 4, device=device), x.detach().double().requires_grad_()
     exact = nn.functional.group_norm(x64, 32, norm.weight.double(), norm.bias.double(), norm.eps)
     oracle = torch.autograd.grad(exact, (x64, norm.weight, norm.bias), g.double())
@@ -54,6 +57,7 @@ def test_alpha_bars_by_hand():
 
 
 def test_add_noise_by_hand():
+    """x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps, each sample at its own t."""
     x_0, eps = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     x = U.add_noise(x_0, torch.tensor([0, 999]), eps)
     for i, t in enumerate((0, 999)):
@@ -78,19 +82,21 @@ class Oracle(nn.Module):
 @pytest.mark.parametrize("steps", [1, 2, 10, 50])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_ddim_finds_what_a_perfect_network_knows(steps, eta):
-    """With the true noise every step's x_0~ is x_0, and each x_t has the noise level of its t, for any steps and eta."""
+    """With the true noise every x_0~ is x_0, and each x_t has the noise level of its t, for any steps and eta."""
     x_0 = torch.rand(4, 3, 32, 32, dtype=torch.float64) * 2 - 1
     oracle, noise = Oracle(x_0), torch.randn(4, 3, 32, 32, dtype=torch.float64)
-    for t, x, eps, guess in U.ddim(oracle, noise, steps=steps, eta=eta, generator=torch.Generator().manual_seed(0)):
+    for t, x, _, guess in U.ddim(oracle, noise, steps=steps, eta=eta, generator=torch.Generator().manual_seed(0)):
         assert_close(guess, x_0, rtol=0, atol=1e-4)
         if t != 999:
-            level = (x - math.sqrt(U.alpha_bars()[t]) * x_0).std()
-            assert_close(level, torch.tensor(math.sqrt(1 - U.alpha_bars()[t]), dtype=torch.float64), rtol=0.03, atol=2e-3)
+            a = U.alpha_bars()[t].double()
+            assert_close((x - a.sqrt() * x_0).std(), (1 - a).sqrt(), rtol=0.03, atol=2e-3)
     assert [t for t, _ in oracle.seen] == U.ddim_timesteps(steps).tolist()
 
 
-def test_timesteps_span_everything():
-    assert U.ddim_timesteps(50)[0] == 999 and U.ddim_timesteps(50)[-1] == 0 and len(set(U.ddim_timesteps(1000).tolist())) == 1000
+def test_timesteps():
+    """From 999 to 0, evenly and rounded; at most all 1,000; another number of steps is refused."""
+    assert U.ddim_timesteps(50).tolist() == [round(999 - 999 * i / 49) for i in range(50)]
+    assert U.ddim_timesteps(1).tolist() == [999] and U.ddim_timesteps(1000).tolist() == list(range(999, -1, -1))
     for steps in (0, 1001):
         with pytest.raises(ValueError, match="outside 1 .. 1000"):
             U.ddim_timesteps(steps)
@@ -98,9 +104,8 @@ def test_timesteps_span_everything():
 
 def test_guidance(unet):
     """guidance 1 is the conditional model, 0 the unconditional one, 2 goes as far again beyond."""
-    x, y = torch.randn(2, 3, 32, 32), torch.tensor([1, 2])
+    x, y, t = torch.randn(2, 3, 32, 32), torch.tensor([1, 2]), torch.full((2,), 999)
     eps = {g: next(U.ddim(unet, x, y, 10, guidance=g))[2] for g in (0.0, 1.0, 2.0)}
-    t = torch.full((2,), 999)
     assert_close(eps[1.0], unet(x, t, y).detach())
     assert_close(eps[0.0], unet(x, t).detach())
     assert_close(eps[2.0], 2 * eps[1.0] - eps[0.0], rtol=1e-4, atol=1e-5)
@@ -115,75 +120,27 @@ def test_label_dropout(drop, expected):
 
 
 def test_loss_of_a_perfect_network_is_zero():
+    """ddpm_loss asks for the noise that it added, at the t that it gives."""
     x_0 = torch.rand(8, 3, 4, 4) * 2 - 1
     assert U.ddpm_loss(Oracle(x_0), x_0, torch.zeros(8, dtype=torch.long), 10).item() < 1e-6
 
 
 def test_loss_draws_every_time_and_a_tenth_of_the_labels():
-    """t over all of 0 .. 999, label "none" for each sample by a coin of its own, and min-SNR with gamma = 5 unless told."""
-    seen = {}
+    """t over all of 0 .. 999, label "none" for each sample by a coin of its own, and gamma = 5 unless told."""
+    seen, args = {}, (torch.zeros(20_000, 3, 1, 1), torch.zeros(20_000, dtype=torch.long), 10)
     def spy(x, t, y):
         seen.update(t=t, y=y)
         return x
     torch.manual_seed(0)
-    loss = U.ddpm_loss(spy, torch.zeros(20_000, 3, 1, 1), torch.zeros(20_000, dtype=torch.long), 10)
+    loss = U.ddpm_loss(spy, *args)
     assert len(seen["t"].unique()) == 1000 and abs((seen["y"] == 10).double().mean() - 0.1) < 0.01
     torch.manual_seed(0)
-    assert loss == U.ddpm_loss(spy, torch.zeros(20_000, 3, 1, 1), torch.zeros(20_000, dtype=torch.long), 10, drop=0.1, gamma=5.0)
-
-
-class Linear(torch.nn.Module):
-    """The simplest network: eps = factor * x, for the label "none" alone."""
-    classes = 10
-
-    def __init__(self, factor):
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, x, t, y):
-        assert y.tolist() == [10] * len(x)
-        return self.factor * x
-
-
-def test_a_step_is_eq_12():
-    """x_s = sqrt(abar_s) x_0 + sqrt(1 - abar_s) eps with the x_0 and eps of the step before; without labels the class is "none"."""
-    last = None
-    for t, x, eps, x_0 in U.ddim(Linear(3), torch.randn(1, 3, 8, 8), steps=5):
-        if last is not None:
-            abar = float(U.alpha_bars()[t])
-            assert_close(x, math.sqrt(abar) * last[1] + math.sqrt(1 - abar) * last[0])
-        last = eps, x_0
-
-
-def test_noise_comes_from_the_generator():
-    a, b = ([x for _, x, _, _ in U.ddim(Linear(1), torch.ones(1, 3, 8, 8), steps=3, eta=1.0, generator=torch.Generator().manual_seed(0))] for _ in "ab")
-    assert torch.equal(a[-1], b[-1])
-
-
-def test_timesteps_are_rounded():
-    assert U.ddim_timesteps(50).tolist() == [round(999 - 999 * i / 49) for i in range(50)]
-
-
-def test_time_embedding_by_hand():
-    """Frequencies 10,000^(-i / (width / 2)): sines first, then cosines."""
-    e = U.time_embedding(torch.tensor([0, 7]), 8)
-    assert_close(e[1], torch.tensor([f(7 / 10_000 ** (i / 4)) for f in (math.sin, math.cos) for i in range(4)]))
-
-
-def test_a_new_network():
-    """The last matrix of every block is 0, so that training starts near the identity; dropout works in training."""
-    fresh = U.UNet(channels=32, mults=(1, 2), blocks=1)
-    zero = [name for name, p in fresh.named_parameters() if p.ndim > 1 and not p.any()]
-    assert zero == [name for name, _ in fresh.named_parameters() if name.endswith(("conv2.weight", "proj.weight", "conv_out.weight"))]
-    noisy = U.UNet(channels=32, mults=(1,), blocks=1, dropout=0.9).train().mid1
-    torch.nn.init.normal_(noisy.conv2.weight)
-    x = torch.randn(1, 32, 4, 4)
-    assert not torch.equal(noisy(x, torch.zeros(1, 128)), noisy(x, torch.zeros(1, 128)))
+    assert loss == U.ddpm_loss(spy, *args, drop=0.1, gamma=5.0)
 
 
 @pytest.mark.parametrize("gamma", [5.0, math.inf])
 def test_loss_weighs_by_min_snr(gamma):
-    """ddpm_loss = mean of min(snr, gamma) / snr * (eps - prediction)^2 over the samples, in float64; gamma = inf is the plain mean."""
+    """mean of min(snr, gamma) / snr * (eps - prediction)^2 over samples, in float64; gamma = inf is the plain mean."""
     seen = {}
     def nothing(x, t, y):
         seen.update(t=t, x=x)
@@ -196,6 +153,54 @@ def test_loss_weighs_by_min_snr(gamma):
     assert 0.05 < (snr > 5).double().mean() < 0.5                # both cases happen
 
 
+@pytest.mark.parametrize("sigma", [0.0, 0.1])
+def test_one_step_is_eq_12(sigma):
+    """ddim_step against eq. 12 in Python floats, value by value, for tensors abar (B, 1, 1, 1) and for numbers.
+
+    t and s differ between samples; abar_s = 1, the picture itself, is among them; some x_0~ are clamped, some not.
+    """
+    x, eps = torch.randn(2, 3, 3, 8, 8, dtype=torch.float64)
+    a_t, a_s = torch.tensor([0.01, 0.5, 0.9]).double(), torch.tensor([0.3, 0.7, 0.98 if sigma else 1.0]).double()
+    x_s, x_0 = U.ddim_step(x, eps, a_t.view(3, 1, 1, 1), a_s.view(3, 1, 1, 1), sigma)
+    for i, (a, b) in enumerate(zip(a_t.tolist(), a_s.tolist())):
+        pairs = list(zip(x[i].flatten().tolist(), eps[i].flatten().tolist()))
+        believed = [min(1.0, max(-1.0, (v - math.sqrt(1 - a) * e) / math.sqrt(a))) for v, e in pairs]
+        after = [math.sqrt(b) * p + math.sqrt(1 - b - sigma**2) * e for p, (_, e) in zip(believed, pairs)]
+        for got in ((x_s[i], x_0[i]), U.ddim_step(x[i], eps[i], a, b, sigma)):
+            assert_close(torch.stack(got).flatten().tolist(), after + believed, rtol=1e-12, atol=1e-12)
+    assert 0.1 < (x_0.abs() == 1).double().mean() < 0.9
+
+
+class Linear(nn.Module):
+    """The simplest network: eps = factor * x, for the label "none" alone."""
+    classes = 10
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x, t, y):
+        assert y.tolist() == [10] * len(x)
+        return self.factor * x
+
+
+def test_ddim_follows_eq_12():
+    """x_s = sqrt(abar_s) x_0~ + sqrt(1 - abar_s) eps of the step before; without labels the class is "none"."""
+    last = None
+    for t, x, eps, x_0 in U.ddim(Linear(3), torch.randn(1, 3, 8, 8, dtype=torch.float64), steps=5):
+        if last is not None:
+            abar = float(U.alpha_bars()[t])
+            assert_close(x, math.sqrt(abar) * last[1] + math.sqrt(1 - abar) * last[0], rtol=1e-12, atol=1e-12)
+        last = eps, x_0
+
+
+def test_noise_comes_from_the_generator():
+    """With eta = 1, two walks from one seed are one walk, and another seed's is another."""
+    x, seeded = torch.ones(1, 3, 8, 8), torch.Generator().manual_seed
+    a, b, c = ([x_t for _, x_t, _, _ in U.ddim(Linear(1), x, steps=3, eta=1.0, generator=seeded(i))] for i in (0, 0, 1))
+    assert torch.equal(a[-1], b[-1]) and not torch.equal(a[-1], c[-1])
+
+
 def test_noise_of_eta_1_is_ddpm_noise():
     """With eta = 1 and every time visited, sigma^2 is DDPM's posterior variance beta_t (1 - abar_s) / (1 - abar_t)."""
     x_0 = torch.zeros(64, 3, 32, 32, dtype=torch.float64)
@@ -205,8 +210,7 @@ def test_noise_of_eta_1_is_ddpm_noise():
         if before is not None:
             a_t, a_s = abar[t + 1], abar[t]
             sigma = ((1 - a_t / a_s) * (1 - a_s) / (1 - a_t)).sqrt()
-            noise = x - (1 - a_s - sigma**2).sqrt() * before
-            assert_close(noise.std(), sigma, rtol=0.02, atol=0)
+            assert_close((x - (1 - a_s - sigma**2).sqrt() * before).std(), sigma, rtol=0.02, atol=0)
         before = eps
         if t < 990:
             break
@@ -214,5 +218,22 @@ def test_noise_of_eta_1_is_ddpm_noise():
 
 def test_believed_images_are_clamped():
     """Pixels live in [-1, 1], and so does every x_0~, however wrong the network is."""
-    wrong = Oracle(torch.full((1, 3, 32, 32), 5.0, dtype=torch.float64))
-    assert all(x_0.abs().max() <= 1 for _, _, _, x_0 in U.ddim(wrong, torch.randn(1, 3, 32, 32, dtype=torch.float64), steps=5))
+    wrong, noise = Oracle(torch.full((1, 3, 32, 32), 5.0, dtype=torch.float64)), torch.randn(1, 3, 32, 32).double()
+    assert all(x_0.abs().max() <= 1 for _, _, _, x_0 in U.ddim(wrong, noise, steps=5))
+
+
+def test_time_embedding_by_hand():
+    """Frequencies 10,000^(-i / (width / 2)): sines first, then cosines."""
+    e = U.time_embedding(torch.tensor([0, 7]), 8)
+    assert_close(e[1], torch.tensor([f(7 / 10_000 ** (i / 4)) for f in (math.sin, math.cos) for i in range(4)]))
+
+
+def test_a_new_network():
+    """The last matrix of every block is 0, so that training starts near the identity; dropout works in training."""
+    matrices = [(name, p) for name, p in U.UNet(channels=32, mults=(1, 2), blocks=1).named_parameters() if p.ndim > 1]
+    last = ("conv2.weight", "proj.weight", "conv_out.weight")
+    assert [n for n, p in matrices if not p.any()] == [n for n, _ in matrices if n.endswith(last)]
+    noisy = U.UNet(channels=32, mults=(1,), blocks=1, dropout=0.9).train().mid1
+    torch.nn.init.normal_(noisy.conv2.weight)
+    x = torch.randn(1, 32, 4, 4)
+    assert not torch.equal(noisy(x, torch.zeros(1, 128)), noisy(x, torch.zeros(1, 128)))

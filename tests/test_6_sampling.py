@@ -1,40 +1,70 @@
-"""Whole networks: integer pictures, checkpoints, scores, and bad input to sample.py."""
+"""Whole networks: integer pictures, calibration, threads, checkpoints, scores, and bad input to sample.py."""
 import copy
+import functools
 import json
 import math
 import pickle
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, small_unet
+from conftest import ROOT, small_unet, tiny_unet
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint as compute_again
 
 import hqdm
 import sample
-from unet import UNet, ddim_timesteps
+from plumbing import runs
+from unet import UNet, add_noise, ddim_timesteps
 
-TIMES = ddim_timesteps(4).tolist()
+TIMES = tuple(ddim_timesteps(4).tolist())
+SCHEME = hqdm.Scheme(4, 3, "single", block=16, rank=4, timesteps=TIMES)
 BUNDLED = ["teacher.pt", "w4a3-single.pt", "w4a3-none.pt"]
 
 
-def quantized(rotation="single", wbits=4, abits=3, block=16):
-    """A small UNet, quantized and calibrated, LoRA filled so that folding it matters."""
-    teacher = small_unet()
+@functools.cache
+def made(scheme):
+    teacher = tiny_unet()
     student = copy.deepcopy(teacher)
-    quant = dict(wbits=wbits, abits=abits, rotation=rotation, block=block, timesteps=TIMES, rank=4)
-    hqdm.quantize_unet(student, **quant)
+    hqdm.quantize_network(student, scheme)
     x, y = torch.randn(2, 3, 32, 32), torch.tensor([1, 10])
-    hqdm.calibrate(student, teacher, [(x, torch.full((2,), t), y) for t in TIMES])
+    with pytest.MonkeyPatch.context() as m:                      # from fewer values: faster
+        m.setattr(hqdm, "fit_scale", functools.partial(hqdm.fit_scale, samples=1024))
+        hqdm.calibrate(student, teacher, [(x, torch.full((2,), t), y) for t in scheme.timesteps])
     for layer in hqdm.layers(student):
-        torch.nn.init.normal_(layer.lora_B, std=0.01)
-    return student, teacher, quant
+        torch.nn.init.normal_(layer.weights.lora_B, std=0.01)
+    return student, teacher
 
+
+def quantized(frozen=False, **changes):
+    """A small UNet, quantized as SCHEME says and calibrated, LoRA filled so that folding it matters; its teacher."""
+    student, teacher = copy.deepcopy(made(SCHEME._replace(**changes)))
+    torch.manual_seed(0)
+    if frozen:
+        hqdm.freeze(student)
+    return student, teacher
+
+
+def empty(**changes):
+    """The same, packed and without a value in it; takes a moment."""
+    network = tiny_unet()
+    hqdm.quantize_network(network, SCHEME._replace(**changes), packed=True)
+    return network
+
+
+def some_input():
+    return torch.randn(2, 3, 32, 32), torch.tensor([999, 0]), torch.tensor([1, 10])
+
+
+# ---------------------------------------------------------------- quantized networks
 
 @pytest.mark.parametrize("rotation", hqdm.ROTATIONS)
 def test_integer_pictures_are_the_fake_quantized_pictures(rotation):
     """Training form, frozen form, integer view A and view B: the same uint8 pictures, byte for byte."""
-    student, _, _ = quantized(rotation)
+    student, _ = quantized(rotation=rotation)
     pictures = [sample.draw(student, 2, 3)[0]]
     hqdm.freeze(student)
     pictures.append(sample.draw(student, 2, 3)[0])
@@ -45,89 +75,269 @@ def test_integer_pictures_are_the_fake_quantized_pictures(rotation):
 
 
 def test_every_layer_is_in_the_report_and_none_is_forgotten():
-    """Each conv and linear is quantized or the report says why not; 8-bit layers by name, the rest at the asked bits."""
+    """Each conv and linear is quantized, each other module with parameters in float: why, and all their bytes.
+
+    8-bit layers by name, the rest at the asked bits; what a layer takes is what its packed tensors take.
+    """
     unet = small_unet()
-    rows = hqdm.quantize_unet(unet, 4, 3, block=16, timesteps=TIMES)
-    by_name = {r["layer"]: r for r in rows}
+    size = 4 * sum(p.numel() for p in unet.parameters())
+    rows = {r["layer"]: r for r in hqdm.quantize_network(unet, SCHEME)}
     assert not any(type(m) in (torch.nn.Conv2d, torch.nn.Linear) for m in unet.modules())
-    assert len(hqdm.layers(unet)) == sum(r["wbits"] != 32 for r in rows)
-    for name, bits in (("conv_in", 8), ("conv_out", 8), ("time_mlp.0", 8), ("down.0.resample", 8), ("mid1.conv1", 4)):
-        assert by_name[name]["wbits"] == bits and by_name[name]["abits"] == (8 if bits == 8 else 3)
-    assert all(r["rotation"] == "single" or r["note"] for r in rows)
-    assert "mid_attn" in by_name and "class_emb" in by_name and "times smaller" in hqdm.format_report(rows)
-
-
-def test_bytes_of_the_report_are_the_bytes_of_the_tensors():
-    """What the report says each layer takes is what its packed tensors take."""
-    student, _, _ = quantized()
-    rows = {r["layer"]: r for r in hqdm.quantize_unet(small_unet(), 4, 3, block=16, timesteps=TIMES)}
-    hqdm.freeze(student)
-    for name, layer in student.named_modules():
+    assert len(hqdm.layers(unet)) == sum(r["wbits"] != 32 for r in rows.values())
+    eight = {"conv_in": 8, "conv_out": 8, "time_mlp.0": 8, "down.0.resample": 8}
+    for name, bits in {**eight, "mid1.conv1": 4}.items():
+        assert rows[name]["wbits"] == bits and rows[name]["abits"] == (8 if name in eight else 3)
+    assert all(r["rotation"] == "single" or r["note"] for r in rows.values()) and "a table" in rows["class_emb"]["note"]
+    assert sum(r["float_bytes"] for r in rows.values()) == size
+    text = runs.report_table(list(rows.values()))
+    assert f"total {size:,d} bytes in float32" in text and "q k^T" in text and "no matrix" in text
+    hqdm.freeze(unet)
+    for name, layer in unet.named_modules():
         if isinstance(layer, hqdm.HQLayer):
             assert sum(v.numel() * v.element_size() for v in layer.state_dict().values()) == rows[name]["bytes"]
 
 
-def test_a_width_that_the_block_does_not_divide_names_layer_and_choices():
-    with pytest.raises(ValueError, match=r"down.0.rows.0.res.conv1: 32 channels are not .* block 64; use block 32, 16 or 8"):
-        hqdm.quantize_unet(small_unet(), 4, 3, block=64)
-
-
 def test_a_refused_network_is_left_as_it_was():
-    """Block 64 does not fit every width: the error leaves a float network, which block 16 then quantizes."""
+    """Block 64 does not fit every width: layer and choices are named, the network stays float; block 16 fits, once."""
     unet = small_unet()
-    with pytest.raises(ValueError, match="block 64"):
-        hqdm.quantize_unet(unet, 4, 3, block=64)
-    assert not hqdm.layers(unet) and hqdm.quantize_unet(unet, 4, 3, block=16)
-
-
-def test_a_network_is_quantized_once():
-    student, _, quant = quantized()
+    message = r"down.0.rows.0.res.conv1: 32 channels are not .* block 64; use block 32, 16 or 8"
+    with pytest.raises(ValueError, match=message):
+        hqdm.quantize_network(unet, SCHEME._replace(block=64), packed=True)
+    x, t, y = some_input()
+    assert not hqdm.layers(unet) and torch.equal(unet(x, t, y), small_unet()(x, t, y))
+    hqdm.quantize_network(unet, SCHEME, packed=True)
     with pytest.raises(ValueError, match="quantized already"):
-        hqdm.quantize_unet(student, **quant)
+        hqdm.quantize_network(unet, SCHEME)
+
+
+class OwnForward(torch.nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def hooked(layer):
+    layer.register_forward_hook(lambda *_: None)
+    return layer
+
+
+@pytest.mark.parametrize("odd, message", [
+    (torch.nn.ConvTranspose2d(32, 32, 2), "ConvTranspose2d has no"), (torch.nn.Conv1d(32, 32, 1), "Conv1d has no"),
+    (torch.nn.Conv3d(32, 32, 1), "Conv3d has no"), (torch.nn.MultiheadAttention(32, 2), "MultiheadAttention has no"),
+    (torch.nn.LSTM(32, 32), "LSTM has no"), (OwnForward(32, 32, 1), "OwnForward has no"),
+    (hooked(torch.nn.Linear(32, 32)), "hooks"), (torch.nn.Conv2d(32, 32, 3, groups=2), "groups 1"),
+    (torch.nn.Conv2d(48, 32, 1), "48 channels are not a multiple")])
+def test_what_has_no_quantized_form_is_named(odd, message):
+    """The error names layer and remedy; the network is as it was; with skip it is a row, and the totals are whole."""
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3), torch.nn.Linear(32, 32), odd, torch.nn.Conv2d(32, 3, 3))
+    total = 4 * sum(p.numel() for p in net.parameters())
+    with pytest.raises(ValueError, match=rf"2: .*{message}.*skip=\['2'\]"):
+        hqdm.quantize_network(net)
+    assert not hqdm.layers(net) and all(p.requires_grad for p in net.parameters())
+    rows = hqdm.quantize_network(net, skip="2")
+    assert sum(r["float_bytes"] for r in rows) == total and net[2] is odd
+    assert all(r["note"] == "float: skip asked for it" for r in rows if r["layer"].startswith("2"))
+
+
+def test_one_layer_under_two_names_is_refused():
+    """A shared layer, and a weight tied to a table: both names are in the error. A lone layer, none at all: refused."""
+    shared, table, tied = torch.nn.Linear(32, 32), torch.nn.Embedding(32, 32), torch.nn.Linear(32, 32)
+    tied.weight = table.weight
+    for layers in ((shared, torch.nn.SiLU(), shared), (table, torch.nn.SiLU(), tied)):
+        with pytest.raises(ValueError, match="several names: 0.weight, 2.weight"):
+            hqdm.quantize_network(torch.nn.Sequential(*layers))
+    for net in (torch.nn.Linear(32, 32), torch.nn.Sequential(torch.nn.SiLU())):
+        with pytest.raises(ValueError, match="lone layer|no nn.Conv2d or nn.Linear"):
+            hqdm.quantize_network(net)
+
+
+@pytest.mark.parametrize("eight_bits, expected", [
+    (None, [8, 4, 4, 4, 8]), (["1", "3"], [4, 8, 4, 8, 4]), ("2", [4, 4, 8, 4, 4]), ((), [4] * 5),
+    (lambda name, module: int(name or 0) > 2, [4, 4, 4, 8, 8])])
+def test_which_layers_stay_at_8_bits(eight_bits, expected):
+    """By default first and last; else by name or by a function. The report says so."""
+    net = torch.nn.Sequential(*[torch.nn.Linear(32, 32) for _ in range(5)])
+    rows = hqdm.quantize_network(net, hqdm.Scheme(4, 3), eight_bits=eight_bits)
+    assert [r["wbits"] for r in rows] == expected == [layer.scheme.wbits for layer in net]
+    for r in rows:
+        assert ("8 bits, not rotated" in r["note"]) == (r["wbits"] == r["abits"] == 8) == (r["rotation"] == "none")
+
+
+def test_networks_of_other_shapes_of_call():
+    """forward(x) has one scale; of several t picks, the second input or the one named so; without t, an error."""
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.Sequential(*[torch.nn.Linear(32, 32) for _ in range(3)])
+
+        def forward(self, x, t=None):
+            return self.layers(x)
+    teacher, one, two, x = Net(), Net(), Net(), torch.randn(4, 32)
+    one.load_state_dict(teacher.state_dict()), two.load_state_dict(teacher.state_dict())
+    hqdm.quantize_network(one, hqdm.Scheme(8, 8)), hqdm.quantize_network(two, hqdm.Scheme(8, 8, timesteps=(9, 0)))
+    hqdm.calibrate(one, teacher, [(x,)]), hqdm.calibrate(two, teacher, [(x * (1 + t), t) for t in (9, 0)])
+    assert (one(x) - teacher(x)).norm() < 0.05 * teacher(x).norm()
+    assert torch.equal(two(x, torch.tensor([9] * 4)), two(x, t=9)) and not torch.equal(two(x, 9), two(x, 0))
+    with pytest.raises(TypeError, match="takes t"):
+        two(x)
 
 
 def test_calibration_makes_the_difference():
-    """Scales from the teacher's activations give a far smaller error than the scales of 1 that layers are born with."""
-    student, teacher, quant = quantized()
+    """Scales from the teacher's activations give a far smaller error than scales of 1; without any it is refused."""
+    (student, teacher), args = quantized(), some_input()
     for layer in hqdm.layers(student):
-        torch.nn.init.zeros_(layer.lora_B)
-    born = small_unet()
-    hqdm.quantize_unet(born, **quant)
-    x, t = torch.randn(2, 3, 32, 32), torch.tensor([999, TIMES[2]])
-    error = [(m(x, t) - teacher(x, t)).square().mean().item() for m in (student, born)]
+        torch.nn.init.zeros_(layer.weights.lora_B)
+    ones = copy.deepcopy(student)
+    for layer in hqdm.layers(ones):
+        torch.nn.init.zeros_(layer.activations.log_s_x)
+    error = [(m(*args) - teacher(*args)).square().mean().item() for m in (student, ones)]
     assert error[0] < 0.5 * error[1]
+    with pytest.raises(RuntimeError, match="scales are missing"):
+        empty()(*args)
 
 
-def test_a_copy_has_its_own_clock():
-    """deepcopy of a quantized network keeps working: its layers read its own clock, not the original's."""
-    student, _, _ = quantized()
-    twin = copy.deepcopy(student)
-    x, t = torch.randn(1, 3, 32, 32), torch.tensor([999])
-    expected = twin(x, t)
-    student.clock.set(torch.tensor([0]))
-    assert torch.equal(twin(x, t), expected) and twin.clock is not student.clock
+def test_calibration_leaves_the_teacher_alone():
+    """Later calls of the teacher refit nothing; each step and layer got a scale; t is found by name and by place."""
+    student, teacher = quantized()
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    assert not any(module._forward_pre_hooks for module in teacher.modules())
+    assert all(layer.activations.log_s_x.isfinite().all() for layer in hqdm.layers(student))
+    x, t, y = some_input()
+    teacher(x, t, y)
+    assert torch.equal(student(x, t, y), student(x, y=y, t=t))
+    assert all(torch.equal(v, student.state_dict()[k]) for k, v in before.items())
+
+
+X, GOOD = torch.zeros(2, 3, 32, 32), [(torch.zeros(2, 3, 32, 32), torch.full((2,), t)) for t in TIMES]
+
+
+@pytest.mark.parametrize("batches, error, message", [
+    ([], ValueError, "no batch to calibrate t = 999, 666, 333, 0"),
+    (GOOD[:2], ValueError, "no batch to calibrate t = 333, 0"),
+    (GOOD[:1] * 2, ValueError, "one batch for each of the timesteps"),
+    ([(X, torch.tensor([999, 0]))], ValueError, "with that t for all samples"),
+    (GOOD[:1] + [(X * math.nan, torch.full((2,), 666))], ValueError, "finite"),
+    ([(X,)], TypeError, "takes t")])
+def test_calibrate_refuses(batches, error, message):
+    """No batches, missing steps, one twice, two in a batch, NaN, no t; no hook stays, the student cannot be used."""
+    student, teacher = empty(), tiny_unet()
+    with pytest.raises(error, match=message):
+        hqdm.calibrate(student, teacher, iter(batches))
+    assert not any(module._forward_pre_hooks for module in teacher.modules())
+    with pytest.raises(RuntimeError, match="scales are missing"):
+        student(*some_input())
+
+
+def test_each_sample_takes_the_scale_of_its_own_step():
+    """In every layer, of the nearest of the timesteps: 700 is nearer to 666 than to 999."""
+    student, _ = quantized()
+    layer, seen = student.mid1.conv1.activations, []
+    layer.register_forward_hook(lambda _, args, result: seen.append(result[1]))
+    student(torch.randn(4, 3, 32, 32), torch.tensor([0, 700, 999, 990]))
+    assert torch.equal(seen[0], layer.log_s_x.exp()[[3, 1, 0, 0]]) and len(set(seen[0].tolist())) == 3
+
+
+def test_a_copy_has_its_own_steps():
+    """deepcopy of a quantized network: the same outputs, also when the original's timesteps and scales have changed."""
+    student, _ = quantized()
+    twin, args = copy.deepcopy(student), some_input()
+    expected = student(*args)
+    student.hqdm_meaning.zero_()
+    for layer in hqdm.layers(student):
+        torch.nn.init.zeros_(layer.activations.log_s_x)
+    assert torch.equal(twin(*args), expected) and not torch.equal(student(*args), expected)
+
+
+def test_two_threads_draw_from_one_model():
+    """Each gets the bytes that it gets alone. A barrier in the middle of the network: both are inside, at other t."""
+    student, _ = quantized(frozen=True)
+    jobs = (1, 4, 5), (2, 2, 6)                                  # pictures, steps, seed: four forwards each at batch 1
+    def draw(n, steps, seed):
+        try:
+            return sample.draw(student, n, steps, seed=seed, batch=1)[0]
+        except Exception:
+            both.abort()
+            raise
+    alone, both, crowds = [draw(*job) for job in jobs], threading.Barrier(2), []
+    student.mid1.register_forward_pre_hook(lambda *_: crowds.append(both.wait()))
+    for integer in (False, True):
+        hqdm.set_integer(student, integer)
+        with ThreadPoolExecutor(2) as threads:
+            together = list(threads.map(draw, *zip(*jobs)))
+        assert all(map(torch.equal, together, alone))
+    assert len(crowds) == 16                                     # two threads, four forwards, floats and integers
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("times", [TIMES, (500,)])
+def test_a_block_computed_again_in_backward(times, reentrant):
+    """torch.utils.checkpoint of a block: the right gradient with one step; with several an error, not a wrong one.
+
+    The whole network knows its t, and so does a backward pass in hqdm.at: right again, up to the order of sums.
+    """
+    student, _ = quantized(timesteps=times)
+    args, block = some_input(), student.mid1.forward
+    def gradient(network=student, around=lambda: hqdm.at(args[1], times)):
+        student.zero_grad()
+        loss = network(*args).square().mean()
+        with around():
+            loss.backward()
+        return torch.cat([p.grad.flatten() for p in student.parameters() if p.requires_grad])
+    same = functools.partial(assert_close, expected=gradient(), rtol=1e-3, atol=1e-6)
+    same(gradient(lambda *inputs: compute_again(student, *inputs, use_reentrant=False)))
+    student.mid1.forward = lambda *inputs: compute_again(block, *inputs, use_reentrant=reentrant)
+    same(gradient())
+    if len(times) == 1:
+        same(gradient(around=torch.enable_grad))
+    else:
+        with pytest.raises(RuntimeError, match="which DDIM step"):
+            gradient(around=torch.enable_grad)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+@pytest.mark.parametrize("change", [dict(timesteps=(999, 666, 333, 1)), dict(rotation="double"), dict(block=8)])
+def test_tensors_of_another_meaning_are_refused(change, tmp_path):
+    """Other timesteps, rotation, block: the shapes are the same, and yet it is refused, before anything is loaded."""
+    student, _ = quantized(frozen=True)
+    message = "these tensors are W4A3 single, block 16, timesteps .999, 666, 333, 0.; this network is"
+    other = empty(**change)
+    before = {k: v.clone() for k, v in other.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(student.state_dict())
+    assert all(torch.equal(v, before[k]) or v.isnan().all() for k, v in other.state_dict().items())
+    save(tmp_path / "q.pt", student, scheme=SCHEME._replace(**change)._asdict())
+    with pytest.raises(ValueError, match="does not fit its own configuration.*" + message):
+        sample.load_model(tmp_path / "q.pt")
+    with pytest.raises(RuntimeError, match="Missing key.*hqdm_meaning"):
+        empty().load_state_dict({k: v for k, v in student.state_dict().items() if k != "hqdm_meaning"})
+
+
+def save(path, model, **changes):
+    """A checkpoint of a float or a quantized network."""
+    kind = dict(kind="quantized", scheme=model.hqdm._asdict()) if hasattr(model, "hqdm") else dict(kind="float")
+    runs.save_checkpoint(path, **kind | dict(unet=model.config, model=model.state_dict()) | changes)
 
 
 def test_checkpoint_round_trip(tmp_path):
-    """Saved packed and loaded again the model draws the same pictures; nothing but tensors and plain values is inside."""
-    student, _, quant = quantized()
-    hqdm.freeze(student)
-    sample.save_checkpoint(tmp_path / "m.pt", kind="quantized", unet=student.config, quant=quant, model=student.state_dict())
+    """Saved packed and loaded again the model draws the same pictures; its scheme is the same, timesteps a tuple."""
+    student, _ = quantized(frozen=True)
+    save(tmp_path / "m.pt", student)
     model = sample.load_model(tmp_path / "m.pt")
+    assert model.hqdm == SCHEME and isinstance(model.hqdm.timesteps, tuple) and not model.training
     assert torch.equal(sample.draw(model, 2, 4)[0], sample.draw(student, 2, 4)[0])
     assert [p.name for p in tmp_path.iterdir()] == ["m.pt"]      # no temporary file left
 
 
 def test_loading_other_weights_forgets_the_old_ones():
-    """A frozen network that was already used and then gets other integers computes with those, not with what it kept."""
-    (one, _, _), (two, _, _) = quantized(), quantized()
+    """A frozen network that was used and then gets other integers computes with those, not with what it kept."""
+    one, two = quantized(frozen=True)[0], quantized()[0]
     for layer in hqdm.layers(two):
-        torch.nn.init.normal_(layer.lora_B, std=0.1)
-    hqdm.freeze(one), hqdm.freeze(two)
-    x, t = torch.randn(1, 3, 32, 32), torch.tensor([999])
-    assert not torch.equal(one(x, t), two(x, t))
+        torch.nn.init.normal_(layer.weights.lora_B, std=0.1)
+    hqdm.freeze(two)
+    args = some_input()
+    assert not torch.equal(one(*args), two(*args))
     one.load_state_dict(two.state_dict())
-    assert torch.equal(one(x, t), two(x, t))
+    assert torch.equal(one(*args), two(*args))
 
 
 class Trap:
@@ -136,126 +346,93 @@ class Trap:
 
 
 def test_bad_checkpoints_are_refused_and_not_run(tmp_path):
-    """Missing, damaged, hiding code, newer, of another shape, of another kind: one ValueError or FileNotFoundError each."""
-    good = dict(kind="float", unet=small_unet().config, model=small_unet().state_dict())
-    path = tmp_path / "c.pt"
-    sample.save_checkpoint(path, **good)
-    whole = path.read_bytes()
-    def refused(message, error=ValueError, **kw):
+    """Missing, damaged, hiding code, older, newer, of another shape or kind: one error in words each."""
+    good, path = dict(kind="float", unet=tiny_unet().config, model=tiny_unet().state_dict()), tmp_path / "c.pt"
+    def refused(message, content=None, error=ValueError, load=sample.load_model):
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif content is not None:
+            torch.save(content, path)
         with pytest.raises(error, match=message):
-            sample.load_model(path, **kw)
-    path.write_bytes(whole[:len(whole) // 2])
-    refused("damaged")
-    path.write_bytes(b"")
-    refused("damaged")
+            load(path)
+    runs.save_checkpoint(path, **good)
+    whole = path.read_bytes()
+    for damaged in (whole[:len(whole) // 2], b""):
+        refused("damaged", damaged)
     torch.save({"format": 1, **good}, path)                      # not compressed, as a run's own state: one bit flips
     flipped = bytearray(path.read_bytes())
     flipped[len(flipped) // 2] ^= 1
-    path.write_bytes(flipped)
-    refused("damaged")
-    torch.save({"format": 1, "kind": "float", "model": Trap()}, path)
-    refused("nothing of it was run")
-    path.write_bytes(pickle.dumps(Trap(), protocol=2))
-    refused("nothing of it was run")
+    refused("damaged", bytes(flipped))
+    refused("nothing of it was run", {"format": 1, "kind": "float", "model": Trap()})
+    refused("nothing of it was run", pickle.dumps(Trap(), protocol=2))
     assert not (ROOT / "trap-was-run").exists()
-    torch.save({"format": sample.FORMAT + 1, **good}, path)
-    refused("update the code")
-    torch.save([1, 2], path)
-    refused("not a checkpoint of this project")
-    sample.save_checkpoint(path, **{**good, "unet": {**good["unet"], "channels": 64}})
-    refused("does not fit its own configuration")
-    sample.save_checkpoint(path, **{**good, "model": {**good["model"], "conv_in.bias": torch.full((32,), math.nan)}})
-    refused("conv_in.bias holds values that are not finite")
-    sample.save_checkpoint(path, kind="judge", model={})
-    refused("'judge' checkpoint")
-    with pytest.raises(ValueError, match="another network than the judge"):
-        sample.load_judge(path=path)
+    for kind, mine in runs.FORMATS.items():
+        for other, remedy in ((mine + 1, "update the code"), (mine - 1, "make it anew")):
+            message = f"has format {other}; this code reads format {mine}: {remedy}"
+            refused(message, {**good, "kind": kind, "format": other})
+    for other in ([1, 2], good, {"format": "1", **good}, {"format": 1}, {"format": 1, "kind": "mine"}):
+        refused("not a checkpoint of this project", other)
+    refused("does not fit its own configuration", {"format": 1, **good, "unet": {**good["unet"], "channels": 64}})
+    nan = {**good["model"], "conv_in.bias": torch.full((32,), math.nan)}
+    refused("conv_in.bias holds values that are not finite", {"format": 1, **good, "model": nan})
+    refused("'judge' checkpoint, not 'float' or 'quantized'", {"format": 1, "kind": "judge", "model": {}})
+    refused("another network than the judge", load=lambda path: sample.load_judge(path=path))
     path.unlink()
-    refused("no checkpoint at", FileNotFoundError)
+    refused("no checkpoint at", error=FileNotFoundError)
+
+
+def test_a_kind_that_is_no_word_is_refused(tmp_path):
+    """A list as the kind: not a checkpoint of this project."""
+  
+    torch.save({"format": 1, "kind": ["float"]}, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match="not a checkpoint of this project"):
+        runs.read_checkpoint(tmp_path / "c.pt")
 
 
 def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
-    """A kill in the middle of writing leaves the old file as it was."""
-    sample.save_checkpoint(tmp_path / "c.pt", kind="judge", model={})
-    before = (tmp_path / "c.pt").read_bytes()
-    def half(_, file):
-        file.write(b"half")
-        raise KeyboardInterrupt
-    monkeypatch.setattr(torch, "save", half)
+    """A kill in the middle of writing leaves the old file as it was; a full disk also no temporary one."""
+    path = tmp_path / "c.pt"
+    runs.save_checkpoint(path, kind="judge", model={})
+    before = path.read_bytes()
+    def stops_with(error):
+        def half(_, file):
+            file.write(b"half")
+            raise error
+        monkeypatch.setattr(runs.torch, "save", half)
+    stops_with(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        sample.save_checkpoint(tmp_path / "c.pt", kind="judge", model={1: 2})
-    assert (tmp_path / "c.pt").read_bytes() == before
+        runs.save_checkpoint(path, kind="judge", model={1: 2})
+    assert path.read_bytes() == before
     (tmp_path / "c.pt.tmp").unlink()
-    for error in (RuntimeError("file write failed"), OSError("no space left")):          # a full disk, in torch's words and the system's
-        monkeypatch.setattr(torch, "save", lambda *_, error=error: (_ for _ in ()).throw(error))
-        with pytest.raises(OSError, match="could not write"):
-            sample.save_checkpoint(tmp_path / "c.pt", kind="judge", model={1: 2})
-        assert [p.name for p in tmp_path.iterdir()] == ["c.pt"] and (tmp_path / "c.pt").read_bytes() == before
+    for error in (RuntimeError("file write failed"), OSError("no space left")):          # torch's words, the system's
+        stops_with(error)
+        with pytest.raises(OSError, match=f"could not write .*{error}"):
+            runs.save_checkpoint(path, kind="judge", model={1: 2})
+        assert [p.name for p in tmp_path.iterdir()] == ["c.pt"] and path.read_bytes() == before
 
+
+def test_a_report_is_whole_or_not_there(tmp_path, monkeypatch):
+    """A report that cannot be finished leaves the old one; a place where nothing can be written is known before."""
+    path = tmp_path / "a.json"
+    runs.write_json(path, {"a": 1})
+    with monkeypatch.context() as m:
+        m.setattr(runs.os, "replace", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            runs.write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+    runs.check_out(path, None, str(tmp_path / "new"))
+    for bad in ("", tmp_path, tmp_path / "no" / "a.json"):
+        with pytest.raises(ValueError, match="cannot write"):
+            runs.check_out(path, bad)
+
+
+# ---------------------------------------------------------------- drawing and scores
 
 def test_noise_of_a_picture_depends_on_seed_and_index_alone():
+    """Three pictures start as the first three of twelve; another seed gives others; labels go round."""
     few, many = sample.noise_and_labels(3, seed=5), sample.noise_and_labels(12, seed=5)
     assert torch.equal(few[0], many[0][:3]) and not torch.equal(few[0], sample.noise_and_labels(3, seed=6)[0])
     assert many[1].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
-
-
-def test_frechet_distance_of_known_gaussians():
-    """Diagonal covariances commute: |m1 - m2|^2 + sum (a - b)^2 for standard deviations a and b; and 0 to itself."""
-    a, b, m = torch.rand(5).double() + 0.1, torch.rand(5).double() + 0.1, torch.randn(5).double()
-    turn, _ = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64))
-    A, B = turn @ torch.diag(a**2) @ turn.T, turn @ torch.diag(b**2) @ turn.T
-    assert_close(sample.frechet_distance(m, A, 0 * m, B), float((m**2).sum() + ((a - b) ** 2).sum()), rtol=1e-9, atol=1e-9)
-    assert abs(sample.frechet_distance(m, A, m, A)) < 1e-9
-
-
-def test_calibration_leaves_the_teacher_alone():
-    """Later calls of the teacher refit nothing; every step and layer got a scale; t is found by name as well as by place."""
-    student, teacher, _ = quantized()
-    before = copy.deepcopy(student.state_dict())
-    assert not any(module._forward_pre_hooks for module in teacher.modules())
-    assert all((layer.log_s_x != 0).all() for layer in hqdm.layers(student))
-    x, t, y = torch.randn(2, 3, 32, 32), torch.tensor([999, 0]), torch.tensor([1, 10])
-    assert torch.equal(student(x, t, y), student(x, y=y, t=t))
-    assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
-
-
-class Stub(sample.Judge):
-    """A judge that answers with given probabilities."""
-
-    def forward(self, images):
-        return self.p[:len(images)].log(), torch.randn(len(images), 256, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize("p, expected", [
-    (torch.eye(10, dtype=torch.float64).clamp(min=1e-9)[torch.arange(20) % 2], 2.0),        # sure, and two classes: 2
-    (torch.full((20, 10), 0.1, dtype=torch.float64), 1.0),                                  # never sure: 1
-    (torch.tensor([[0.75, 0.25], [0.25, 0.75]] * 10, dtype=torch.float64), 2 * (0.75**0.75 * 0.25**0.25))])
-def test_inception_score_by_hand(p, expected):
-    """exp of the mean KL(p(y|x) || p(y)): 2 for two classes told apart surely, exp(ln 2 - entropy) in between."""
-    judge = Stub()
-    judge.p, judge.cov = p, torch.eye(256)
-    scores = sample.score(torch.zeros(20, 3, 32, 32, dtype=torch.uint8), p.argmax(1), judge)
-    assert math.isclose(scores["c_is"], expected, rel_tol=1e-5) and scores["accuracy"] == 1
-    assert sample.score(torch.zeros(20, 3, 32, 32, dtype=torch.uint8), torch.full((20,), 10), judge)["accuracy"] is None     # no class asked for
-    mixed = torch.where(torch.arange(20) % 2 == 0, 10, p.argmax(1))                      # for every second picture none was
-    assert sample.score(torch.zeros(20, 3, 32, 32, dtype=torch.uint8), mixed, judge)["accuracy"] == 1
-    features = judge(torch.zeros(20, 1))[1].double().numpy()
-    cov = torch.from_numpy(np.cov(features, rowvar=False))
-    expected = sample.frechet_distance(torch.from_numpy(features.mean(0)), cov, torch.zeros(256).double(), torch.eye(256).double())
-    assert math.isclose(scores["c_fid"], expected, rel_tol=1e-9)
-
-
-def test_one_picture_has_no_scores():
-    with pytest.raises(ValueError, match="two or more"):
-        sample.score(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.zeros(1, dtype=torch.long))
-
-
-def test_psnr_of_a_known_error():
-    """Off by 1 everywhere: 20 log10(255) = 48.13 dB."""
-    a = torch.full((2, 3, 4, 4), 100, dtype=torch.uint8)
-    assert abs(sample.psnr(a, a + 1) - 48.1308) < 1e-3 and sample.psnr(a, a) == 99
-    a[1] += 9                                                    # the mean is of decibels, picture by picture
-    assert abs(sample.psnr(a, torch.full_like(a, 99)) - (48.1308 + 28.1308) / 2) < 1e-3
 
 
 class Net(torch.nn.Module):
@@ -272,47 +449,95 @@ class Net(torch.nn.Module):
 
 
 def test_draw():
-    """All times, all pictures, the same ones at every batch size; seeds differ; class 0 is a class."""
+    """All times, all pictures, the same ones at every batch size and share; seeds differ; class 0 is a class."""
     net = Net()
     whole, labels = sample.draw(net, 5, 3, seed=7)
     assert [t for t, _ in net.seen] == [999, 500, 0] and labels.tolist() == [0, 1, 2, 3, 4]
-    assert torch.equal(sample.draw(net, 5, 3, seed=7, batch=2)[0], whole) and not torch.equal(sample.draw(net, 5, 3)[0], whole)
-    assert sample.draw(net, 2, 3, label=0)[1].tolist() == [0, 0]
-
-
-def test_grids_show_the_pictures(tmp_path):
-    """Read back, every second pixel of the PNG is the picture, in its place, in its colours."""
-    import matplotlib.pyplot as plt
-    a = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
-    sample.save_grids(tmp_path / "g.png", {"a": a, "b": 255 - a[:3]}, columns=3, zoom=2)
-    png = torch.from_numpy((plt.imread(tmp_path / "g.png")[..., :3] * 255).round()).to(torch.uint8)
-    for block, pictures in enumerate((a, 255 - a[:3])):
-        for i, picture in enumerate(pictures):
-            top, left = (block + 1) * 28 + block * 128 + i // 3 * 64, i % 3 * 64         # 28 pixels of title, two rows of 64
-            assert torch.equal(png[top:top + 64:2, left:left + 64:2].permute(2, 0, 1), picture)
+    assert torch.equal(sample.draw(net, 5, 3, seed=7, batch=2)[0], whole)
+    share = sample.draw(net, 5, 3, seed=7, rows=slice(1, None, 2))
+    assert torch.equal(share[0], whole[1::2]) and share[1].tolist() == [1, 3]
+    assert not torch.equal(sample.draw(net, 5, 3)[0], whole) and sample.draw(net, 2, 3, label=0)[1].tolist() == [0, 0]
 
 
 def test_pictures_that_are_not_finite_are_refused():
     """An absurd guidance gives NaN, which would become black pixels: an error instead."""
     with pytest.raises(FloatingPointError, match="guidance 1e\\+38"):
-        sample.draw(small_unet(), 2, 3, guidance=1e38)
-
-
-def test_steps_come_from_the_checkpoint(checkpoint, capsys):
-    """Without --steps a quantized model draws with the steps that its scales were trained for; other steps are said aloud."""
-    student = sample.load_model(checkpoint)
-    assert sample.trained_steps({"q": student}) == len(TIMES) and sample.trained_steps({"f": small_unet()}) == 50
-    other = small_unet()
-    hqdm.quantize_unet(other, 4, 3, block=16, timesteps=[999, 0])
-    with pytest.raises(ValueError, match="choose with --steps"):
-        sample.trained_steps({"q": student, "other": other})
-    for more, said in (([], False), (["--steps", 3], True)):
-        sample.main([str(a) for a in [checkpoint, "-n", 1, "--device", "cpu", "--out", checkpoint.with_name("s.png"), *more]])
-        assert ("activation scales for 4 steps" in capsys.readouterr().out) == said
+        sample.draw(tiny_unet(), 2, 3, guidance=1e38)
 
 
 def test_to_uint8():
+    """-1 is 0, 1 is 255, the rest is rounded to the nearest and clamped."""
     assert sample.to_uint8(torch.tensor([-1.0, 0.0, 1.0, 1.2])).tolist() == [0, 128, 255, 255]
+
+
+def test_frechet_distance_of_known_gaussians():
+    """Diagonal covariances commute: |m1 - m2|^2 + sum (a - b)^2 for standard deviations a and b; and 0 to itself."""
+    a, b, m = torch.rand(5).double() + 0.1, torch.rand(5).double() + 0.1, torch.randn(5).double()
+    turn, _ = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64))
+    A, B = turn @ torch.diag(a**2) @ turn.T, turn @ torch.diag(b**2) @ turn.T
+    by_hand = float((m**2).sum() + ((a - b) ** 2).sum())
+    assert_close(sample.frechet_distance(m, A, 0 * m, B), by_hand, rtol=1e-9, atol=1e-9)
+    assert abs(sample.frechet_distance(m, A, m, A)) < 1e-9
+
+
+class Stub(sample.Judge):
+    """A judge that answers with given probabilities."""
+
+    def forward(self, images):
+        return self.p[:len(images)].log(), torch.randn(len(images), 256, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("p, expected", [
+    (torch.eye(10, dtype=torch.float64).clamp(min=1e-9)[torch.arange(20) % 2], 2.0),        # sure, and two classes: 2
+    (torch.full((20, 10), 0.1, dtype=torch.float64), 1.0),                                  # never sure: 1
+    (torch.tensor([[0.75, 0.25], [0.25, 0.75]] * 10, dtype=torch.float64), 2 * (0.75**0.75 * 0.25**0.25))])
+def test_scores_by_hand(p, expected):
+    """C-IS = exp of the mean KL(p(y|x) || p(y)): 2 for two classes told apart surely, exp(ln 2 - entropy) in between.
+
+    Accuracy counts pictures of which a class was asked; C-FID uses the mean and unbiased covariance of the features.
+    """
+    judge, pictures = Stub(), torch.zeros(20, 3, 32, 32, dtype=torch.uint8)
+    judge.p, judge.cov = p, torch.eye(256)
+    scores = sample.score(pictures, p.argmax(1), judge)
+    assert math.isclose(scores["c_is"], expected, rel_tol=1e-5) and scores["accuracy"] == 1
+    assert sample.score(pictures, torch.full((20,), 10), judge)["accuracy"] is None      # no class asked for
+    mixed = torch.where(torch.arange(20) % 2 == 0, 10, p.argmax(1))                      # for every second one
+    assert sample.score(pictures, mixed, judge)["accuracy"] == 1
+    features = judge(torch.zeros(20, 1))[1].double().numpy()
+    mean, cov = torch.from_numpy(features.mean(0)), torch.from_numpy(np.cov(features, rowvar=False))
+    c_fid = sample.frechet_distance(mean, cov, torch.zeros(256).double(), torch.eye(256).double())
+    assert math.isclose(scores["c_fid"], c_fid, rel_tol=1e-9)
+
+
+def test_one_picture_has_no_scores():
+    """It has no covariance: an error."""
+    with pytest.raises(ValueError, match="two or more"):
+        sample.score(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.zeros(1, dtype=torch.long))
+
+
+def test_psnr_of_a_known_error():
+    """Off by 1 everywhere: 20 log10(255) = 48.13 dB."""
+    a = torch.full((2, 3, 4, 4), 100, dtype=torch.uint8)
+    assert abs(sample.psnr(a, a + 1) - 48.1308) < 1e-3 and sample.psnr(a, a) == 99
+    a[1] += 9                                                    # the mean is of decibels, picture by picture
+    assert abs(sample.psnr(a, torch.full_like(a, 99)) - (48.1308 + 28.1308) / 2) < 1e-3
+
+
+def read_png(path):
+    """A PNG -> uint8 (3, h, w)."""
+    from matplotlib.image import imread
+    return torch.from_numpy((imread(path)[..., :3] * 255).round()).to(torch.uint8).permute(2, 0, 1)
+
+
+def test_grids_show_the_pictures(tmp_path):
+    """Read back, every second pixel of the PNG is the picture, in its place and colours. A $ in a title is no maths."""
+    a = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
+    sample.save_grids(tmp_path / "g.png", {"a$_$b/model.pt": a, "b": 255 - a[:3]}, columns=3, zoom=2)
+    png = read_png(tmp_path / "g.png")
+    for block, pictures in enumerate((a, 255 - a[:3])):
+        for i, picture in enumerate(pictures):
+            top, left = (block + 1) * 28 + block * 128 + i // 3 * 64, i % 3 * 64         # title 28 pixels, rows 64
+            assert torch.equal(png[:, top:top + 64:2, left:left + 64:2], picture)
 
 
 # ---------------------------------------------------------------- the bundled files
@@ -323,35 +548,35 @@ def test_the_judge_knows_real_images():
     images, labels = (part[:200] for part in train.load_bundled())
     judge = sample.load_judge()
     real = sample.score(images, labels, judge)
-    noise = sample.score(torch.randint(0, 256, (100, 3, 32, 32), dtype=torch.uint8), labels[:100], judge)
-    assert real["accuracy"] > 0.95 and real["c_is"] > 9 and noise["accuracy"] < 0.2 and noise["c_fid"] > 10 * real["c_fid"]
+    noise = sample.score(torch.randint(0, 256, (50, 3, 32, 32), dtype=torch.uint8), labels[:50], judge)
+    assert real["accuracy"] > 0.95 and real["c_is"] > 9
+    assert noise["accuracy"] < 0.2 and noise["c_fid"] > 10 * real["c_fid"]
     assert sum(p.numel() for p in judge.parameters()) <= 2_500_000
-    assert sample.read_checkpoint(ROOT / "checkpoints/judge.pt")["test_accuracy"] >= 0.94
+    assert runs.read_checkpoint(sample.CHECKPOINTS / "judge.pt")["test_accuracy"] >= 0.94
 
 
 def test_the_bundled_teacher_predicts_noise():
-    """Its error on real images at random times: what a wrong scale in attention, or a skip taken twice, would double."""
+    """Its error on real images at random t: what a wrong scale in attention, or a skip taken twice, would double."""
     import train
-    from unet import add_noise
     images, labels = (part[:32] for part in train.load_bundled())
     torch.manual_seed(0)
     x_0, t = images.float() / 127.5 - 1, torch.randint(1000, (32,))
     eps = torch.randn_like(x_0)
     with torch.no_grad():
-        guess = sample.load_model(ROOT / "checkpoints/teacher.pt")(add_noise(x_0, t, eps), t, labels)
+        guess = sample.load_model(sample.CHECKPOINTS / "teacher.pt")(add_noise(x_0, t, eps), t, labels)
     assert (guess - eps).square().mean() < 0.045
 
 
 @pytest.mark.parametrize("name", BUNDLED)
 def test_bundled_models_load_and_are_small(name):
-    model = sample.load_model(ROOT / "checkpoints" / name)
-    assert model.config["channels"] == 64
-    assert (ROOT / "checkpoints" / name).stat().st_size <= (6e6 if name.startswith("w4") else 19e6)
+    """Full width; at most 19 MB in half precision, 6 MB in 4-bit weights."""
+    assert sample.load_model(sample.CHECKPOINTS / name).config["channels"] == 64
+    assert (sample.CHECKPOINTS / name).stat().st_size <= (6e6 if name.startswith("w4") else 19e6)
 
 
 def test_bundled_integer_pictures():
     """The real W4A3 model at full size: every picture the same bytes from integers as from fake quantization."""
-    model = sample.load_model(ROOT / "checkpoints/w4a3-single.pt")
+    model = sample.load_model(sample.CHECKPOINTS / "w4a3-single.pt")
     fake, _ = sample.draw(model, 2, steps=3)
     hqdm.set_integer(model)
     assert torch.equal(sample.draw(model, 2, steps=3)[0], fake)
@@ -360,110 +585,163 @@ def test_bundled_integer_pictures():
 # ---------------------------------------------------------------- the command line
 
 def run(capsys, *argv):
-    """sample.py in this process -> (exit code, what it printed on stderr)."""
+    """sample.py in this process on a CPU -> (exit code, what it printed on stdout, on stderr)."""
+    code = 0
     try:
-        sample.run_cli(lambda: sample.main([str(a) for a in argv]))
-        return 0, ""
+        runs.run_cli(lambda: sample.main([str(a) for a in (*argv, "--device", "cpu")]))
     except SystemExit as e:
-        return e.code, capsys.readouterr().err
+        code = e.code
+    return code, *capsys.readouterr()
 
 
 @pytest.fixture(scope="module")
-def quantized_bytes(tmp_path_factory):
-    student, _, quant = quantized()
-    hqdm.freeze(student)
-    path = tmp_path_factory.mktemp("quantized") / "q.pt"
-    sample.save_checkpoint(path, kind="quantized", unet=student.config, quant=quant, model=student.state_dict())
-    return path.read_bytes()
+def original(tmp_path_factory):
+    save(path := tmp_path_factory.mktemp("quantized") / "q.pt", quantized(frozen=True)[0])
+    return path
 
 
 @pytest.fixture
-def checkpoint(quantized_bytes, tmp_path):
-    (tmp_path / "q.pt").write_bytes(quantized_bytes)
-    return tmp_path / "q.pt"
+def checkpoint(original, tmp_path):
+    return shutil.copy(original, tmp_path / "q.pt")
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--class", "dragon"], "choose from airplane"), (["-n", "0"], "not a positive number"), (["-n", "1", "--score"], "-n 2 or more"), (["--out", ""], "cannot write"), (["-n", "-3"], "not a positive number"),
-    (["--steps", "0"], "not a positive number"), (["--steps", "1001"], "outside 1 .. 1000"), (["--out", "/no/such/folder/x.png"], "cannot write"),
-    (["--seed", "-1"], "not a number from 0"), (["--seed", "9" * 30], "not a number from 0"), (["--npz", "/"], "cannot write"), (["--guidance", "nan"], "guidance"), (["--device", "tpu"], "choose from cpu"), (["no-such.pt"], "no checkpoint"), (["twice"], "named twice")])
-def test_bad_input_is_one_line_and_exit_code_2(argv, message, checkpoint, capsys):
-    argv = [checkpoint] * 2 if argv == ["twice"] else argv if argv[0] == "no-such.pt" else [checkpoint, "--device", "cpu", "--out", checkpoint.with_name("s.png")] + argv
-    code, err = run(capsys, *argv)
+    (["--class", "dragon"], "choose from airplane"), (["-n", "0"], "not a positive number"),
+    (["-n", "-3"], "not a positive number"), (["-n", "1", "--score"], "-n 2 or more"),
+    (["--out", ""], "cannot write"), (["--out", "/no/such/folder/x.png"], "cannot write"),
+    (["--npz", "/"], "cannot write"),
+    (["--steps", "0"], "not a positive number"), (["--steps", "1001"], "outside 1 .. 1000"),
+    (["--seed", "-1"], "not a number from 0"), (["--seed", "9" * 30], "not a number from 0"),
+    (["--guidance", "nan"], "guidance"), (["--guidance", "-1"], "guidance"), (["--png", ""], "new or empty"),
+    (["--png", str(ROOT)], "new or empty"), (["--png", __file__], "new or empty"), (["no-such.pt"], "no checkpoint"),
+    (["q.pt"], "named twice"), (["--score", "--out", "s.json"], "an --out that is a picture")])
+def test_bad_input_is_one_line_and_exit_code_2(argv, message, checkpoint, monkeypatch, capsys):
+    """Each mistake is named on stderr, without a traceback; nothing is written."""
+    monkeypatch.chdir(checkpoint.parent)
+    code, _, err = run(capsys, "q.pt", *argv)
     assert code == 2 and message in err.splitlines()[-1] and "Traceback" not in err
+    assert [p.name for p in checkpoint.parent.iterdir()] == ["q.pt"]
+
+
+def test_a_device_that_is_not_here(checkpoint):
+    """The choices are named; one that is no device at all, too."""
+    for name in ("tpu", "cpu:x"):
+        with pytest.raises(ValueError, match=f"--device {name} .*choose from cpu"):
+            sample.parse([str(checkpoint), "--device", name])
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(checkpoint, capsys):
+    """--png in a folder that does not exist: as --out and --npz, not after an hour of drawing."""
+  
+    out = checkpoint.with_name("s.png")
+    code, said, err = run(capsys, checkpoint, "-n", 1, "--steps", 1, "--png", "/no/such/folder/x", "--out", out)
+    assert code == 2 and "/no/such/folder/x" in err and "pictures" not in said and not out.exists()
 
 
 def test_files_that_sample_writes(checkpoint, tmp_path, capsys):
-    """PNG, npz in the layout of the public FID tools, and scores with their provenance."""
-    out, npz = tmp_path / "s.png", tmp_path / "s.npz"
-    assert run(capsys, checkpoint, "-n", 4, "--steps", 2, "--class", "cat", "--integer", "--score", "--npz", npz,
-               "--out", out, "--device", "cpu")[0] == 0
-    arrays, report = np.load(npz), json.loads((tmp_path / "s.json").read_text())
-    assert arrays["arr_0"].shape == (4, 32, 32, 3) and arrays["arr_0"].dtype == np.uint8 and arrays["arr_1"].tolist() == [3] * 4
-    assert out.read_bytes()[:4] == b"\x89PNG" and report["settings"]["seed"] == 0
+    """PNG, npz and PNG files for the public FID tools, scores with their provenance; 0 bytes differ in integers."""
+    (tmp_path / "empty").mkdir()
+    code, out, _ = run(capsys, checkpoint, "-n", 4, "--steps", 2, "--class", "cat", "--integer", "--score",
+                       "--npz", tmp_path / "s.npz", "--png", tmp_path / "empty", "--out", tmp_path / "s.png")
+    arrays, report = np.load(tmp_path / "s.npz"), json.loads((tmp_path / "s.json").read_text())
+    assert code == 0 and "q: 0 of 12,288 bytes differ" in out
+    assert arrays["arr_0"].shape == (4, 32, 32, 3) and arrays["arr_0"].dtype == np.uint8
+    assert arrays["arr_1"].tolist() == [3] * 4
+    files = sorted((tmp_path / "empty").iterdir())
+    assert [p.name for p in files] == [f"{i:05d}.png" for i in range(4)]
+    for file, picture in zip(files, torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2)):
+        assert torch.equal(read_png(file), picture)
+    assert (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG" and report["settings"]["seed"] == 0
     assert report["scores"][str(checkpoint)]["psnr"] == 99 and report["hardware"] and report["date"]
 
 
 def test_sample_writes_over_nothing_but_its_own(checkpoint, tmp_path, capsys):
-    """Targets that are one file, a checkpoint as a target, a .json of something else: refused before the work, the file as it was."""
-    before, metrics = checkpoint.read_bytes(), tmp_path / "metrics.json"
+    """Targets that are one file, a checkpoint as a target, a .json of something else: refused, the file as it was."""
+    before, metrics, a = checkpoint.read_bytes(), tmp_path / "metrics.json", tmp_path / "a.png"
     metrics.write_text("{}")
-    for argv in (["--out", checkpoint], ["--out", tmp_path / "a.png", "--npz", checkpoint], ["--out", tmp_path / "a.png", "--npz", tmp_path / "a.png"],
-                 ["--score", "--out", tmp_path / "a.png", "--npz", tmp_path / "a.json"], ["--score", "--out", tmp_path / "metrics.png"]):
-        code, err = run(capsys, checkpoint, "-n", 2, "--steps", 1, "--device", "cpu", *argv)
+    for argv in (["--out", checkpoint], ["--out", a, "--npz", checkpoint], ["--out", a, "--npz", a],
+                 ["--out", a, "--png", a], ["--out", tmp_path / "b.png", "--npz", a, "--png", a],
+                 ["--score", "--out", a, "--npz", a.with_suffix(".json")],
+                 ["--score", "--out", metrics.with_suffix(".png")]):
+        code, _, err = run(capsys, checkpoint, "-n", 2, "--steps", 1, *argv)
         assert code == 2 and ("different files" in err or "holds no scores" in err)
-    assert checkpoint.read_bytes() == before and metrics.read_text() == "{}" and not (tmp_path / "a.png").exists()
+    assert checkpoint.read_bytes() == before and metrics.read_text() == "{}" and not a.exists()
 
 
-def test_a_report_is_whole_or_not_there(tmp_path, monkeypatch):
-    """A report that cannot be finished leaves the old one as it was; a place where nothing can be written is known before."""
-    path = tmp_path / "a.json"
-    sample.write_json(path, {"a": 1})
-    with monkeypatch.context() as m:
-        m.setattr(sample.os, "replace", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            sample.write_json(path, {"a": 2})
-    assert json.loads(path.read_text()) == {"a": 1}
-    sample.check_out(path, None, str(tmp_path / "new"))
-    for bad in ("", tmp_path, tmp_path / "no" / "a.json"):
-        with pytest.raises(ValueError, match="cannot write"):
-            sample.check_out(path, bad)
-
-
-def test_options_arrive(checkpoint, tmp_path, monkeypatch):
-    """What the command line says is what draw gets; the npz holds the last checkpoint's pictures, PSNR is to the first one's."""
-    teacher = small_unet()
-    sample.save_checkpoint(tmp_path / "f.pt", kind="float", unet=teacher.config, model=teacher.state_dict())
-    calls, pictures = [], torch.randint(0, 256, (2, 2, 3, 32, 32), dtype=torch.uint8)
+@pytest.fixture
+def stubs(monkeypatch):
+    """draw and save_grids that remember what they were asked; pictures are random, each call its own."""
+    calls, pictures, titles = [], torch.randint(0, 256, (5, 2, 3, 32, 32), dtype=torch.uint8), []
     def draw(model, n, steps, label, guidance, seed, progress):
         calls.append((n, steps, label, guidance, seed, {layer.integer for layer in hqdm.layers(model)}))
-        return pictures[len(calls) - 1], torch.full((n,), label)
+        return pictures[len(calls) - 1], torch.full((n,), label or 0)
     monkeypatch.setattr(sample, "draw", draw)
-    argv = [tmp_path / "f.pt", checkpoint, "-n", 2, "--steps", 3, "--class", "none", "--guidance", 2, "--seed", 7, "--integer", "--score",
-            "--npz", tmp_path / "s.npz", "--out", tmp_path / "s.png", "--device", "cpu"]
-    sample.main([str(a) for a in argv])
-    assert calls == [(2, 3, 10, 2.0, 7, set()), (2, 3, 10, 2.0, 7, {True})]
+    monkeypatch.setattr(sample, "save_grids", lambda path, grids: titles.extend(grids))
+    return calls, pictures, titles
+
+
+def test_options_arrive(checkpoint, tmp_path, stubs, capsys):
+    """What the command line says is what draw gets; --integer draws both ways and counts the bytes that differ.
+
+    The npz and PNG files hold the last checkpoint's pictures; PSNR is to the first one's.
+    """
+    calls, pictures, titles = stubs
+    save(tmp_path / "f.pt", tiny_unet())
+    code, out, _ = run(capsys, tmp_path / "f.pt", checkpoint, "-n", 2, "--steps", 3, "--class", "none", "--guidance", 2,
+                       "--seed", 7, "--integer", "--score", "--npz", tmp_path / "s.npz", "--png", tmp_path / "s",
+                       "--out", tmp_path / "s.png")
+    assert code == 0 and calls == [(2, 3, 10, 2.0, 7, integer) for integer in (set(), {False}, {True})]
+    assert titles == ["f", "q"] and "f:" not in out
+    assert f"q: {int((pictures[1] != pictures[2]).sum())} of 6,144 bytes differ" in out
     assert np.array_equal(np.load(tmp_path / "s.npz")["arr_0"], pictures[1].permute(0, 2, 3, 1).numpy())
+    assert torch.equal(read_png(tmp_path / "s" / "00001.png"), pictures[1, 1])
     scores = json.loads((tmp_path / "s.json").read_text())["scores"]
+    assert scores[str(tmp_path / "f.pt")]["psnr"] == 99
     assert scores[str(checkpoint)]["psnr"] == sample.psnr(pictures[1], pictures[0])
 
 
-def test_names_are_no_mathematics(tmp_path):
-    """A $ in a path is printed, not parsed."""
-    sample.save_grids(tmp_path / "a.png", {"a$_$b/model.pt": torch.zeros(1, 3, 32, 32, dtype=torch.uint8)})
-    assert (tmp_path / "a.png").stat().st_size > 500
+def test_titles_are_names(checkpoint, tmp_path, stubs, capsys):
+    """NAME.pt and NAME/model.pt are called NAME; two of one name by their paths."""
+    paths = [tmp_path / name for name in ("a/model.pt", "b/model.pt", "c/q.pt")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_bytes(checkpoint.read_bytes())
+    assert run(capsys, *paths, checkpoint, "-n", 2, "--out", tmp_path / "s.png")[0] == 0
+    assert stubs[2] == ["a", "b", str(paths[2]), str(checkpoint)] and sample.name_of("model.pt") == "model"
+
+
+def test_defaults(checkpoint, monkeypatch):
+    """16 pictures on a CPU, 64 elsewhere, of the bundled teacher and W4A3 model."""
+    args = sample.parse(["--device", "cpu"])
+    assert args.n == 16 and [sample.name_of(path) for path in args.checkpoints] == ["teacher", "w4a3-single"]
+    monkeypatch.setattr(sample, "pick_device", lambda name: torch.device("cuda"))
+    assert sample.parse([str(checkpoint)]).n == 64 and sample.parse([str(checkpoint), "-n", "3"]).n == 3
+
+
+def test_steps_come_from_the_checkpoint(checkpoint, stubs, capsys):
+    """Without --steps a quantized model draws with the steps of its scales; other steps are said aloud."""
+    student = sample.load_model(checkpoint)
+    assert sample.trained_steps({"q": student}) == len(TIMES) and sample.trained_steps({"f": tiny_unet()}) == 50
+    with pytest.raises(ValueError, match="q: 4, other: 2.*choose with --steps"):
+        sample.trained_steps({"q": student, "other": empty(timesteps=(999, 0))})
+    for more, steps in (([], 4), (["--steps", 3], 3)):
+        _, out, _ = run(capsys, checkpoint, "-n", 2, "--out", checkpoint.with_name("s.png"), *more)
+        assert ("q has activation scales for 4 steps; each of the 3" in out) == (steps == 3)
+        assert stubs[0][-1][1] == steps
 
 
 def test_classes_are_the_models_own(tmp_path, capsys):
     """A network with five classes knows no dog, and its "none" is number 5."""
-    small = UNet(channels=32, mults=(1, 2), blocks=1, classes=5)
-    sample.save_checkpoint(tmp_path / "five.pt", kind="float", unet=small.config, model=small.state_dict())
-    argv = [tmp_path / "five.pt", "-n", 1, "--steps", 1, "--device", "cpu", "--out", tmp_path / "s.png", "--npz", tmp_path / "s.npz", "--class"]
-    code, err = run(capsys, *argv, "dog")
+    save(tmp_path / "five.pt", UNet(channels=32, mults=(1, 2), blocks=1, classes=5))
+    argv = [tmp_path / "five.pt", "-n", 1, "--steps", 1, "--out", tmp_path / "s.png", "--npz", tmp_path / "s.npz"]
+    code, _, err = run(capsys, *argv, "--class", "dog")
     assert code == 2 and "none of the 5 classes" in err
-    assert run(capsys, *argv, "none")[0] == 0 and np.load(tmp_path / "s.npz")["arr_1"].tolist() == [5]
+    code, _, err = run(capsys, *argv, "--integer")
+    assert code == 2 and "--integer needs a quantized checkpoint" in err
+    assert run(capsys, *argv, "--class", "none")[0] == 0 and np.load(tmp_path / "s.npz")["arr_1"].tolist() == [5]
 
 
-def test_integer_flag_keeps_float_models_as_they_are(tmp_path, capsys):
-    """`python sample.py --integer`: the teacher in float beside the W4A3 model in integers."""
-    assert run(capsys, "--integer", "-n", 1, "--steps", 1, "--out", tmp_path / "s.png", "--device", "cpu") == (0, "")
+def test_the_bundled_command(tmp_path, capsys):
+    """`python sample.py --integer`: the teacher in float beside the W4A3 model in floats and integers."""
+    code, out, err = run(capsys, "--integer", "-n", 1, "--steps", 1, "--out", tmp_path / "s.png")
+    assert (code, err) == (0, "") and "w4a3-single: 0 of 3,072 bytes differ" in out and "teacher: 0 of" not in out

@@ -1,0 +1,404 @@
+"""Not the method, skip it at first reading: four functions of hqdm.py once more, as one pass over memory each.
+
+hqdm.py marks a definition with @kernel. On an NVIDIA GPU from Ampere on, a Triton kernel of the same name and arguments
+then runs instead (Triton comes with torch on Linux); for integer products a CPU's int8 instructions. tests/test_3 and
+test_4 compare each with its definition. HQDM_KERNELS=off in the environment, or ENABLED = False here, leaves the
+definitions alone. To step through a kernel without a GPU: TRITON_INTERPRET=1 python -m pytest tests/test_3*.
+"""
+import contextlib
+import functools
+import math
+import os
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+ENABLED = os.environ.get("HQDM_KERNELS") != "off"
+FAST = {}                        # name of a definition -> (whether the kernel takes these arguments, the kernel)
+CHOSEN = {}                      # name of a definition -> what @kernel made of it, for kernels that need another
+_said = set()
+
+
+# ---------------------------------------------------------------- the one place that chooses
+
+def kernel(definition):
+    """Decorator: f(x, ..) is the kernel of f's name where that takes the arguments, else f itself, f.__wrapped__."""
+    takes, fast = FAST[definition.__name__]
+
+    @functools.wraps(definition)
+    def choose(x, *args, **kwargs):
+        if torch.compiler.is_compiling():            # torch.compile fuses the definitions itself
+            return definition(x, *args, **kwargs)
+        if x.device.type not in _said:
+            _said.add(x.device.type)
+            print(f"kernels: {route(x)}", flush=True)
+        return (fast if ENABLED and takes(x, *args, **kwargs) else definition)(x, *args, **kwargs)
+    CHOSEN[definition.__name__] = choose
+    return choose
+
+
+def route(x):
+    """What runs where x is, in words."""
+    if ENABLED and on_triton(x):
+        return f"Triton on {torch.cuda.get_device_name(x.device)}" if x.is_cuda else "Triton's interpreter"
+    int8 = ENABLED and x.device.type in ("cpu", "cuda")
+    return f"definitions on {x.device.type}{', int8 products' if int8 else ''}"
+
+
+def on_triton(x, block=32):
+    """Whether Triton takes x. A program holds R in shared memory: 16 KB at block 64; 64 KB, too much, at 128."""
+    if triton is None or not 16 <= block <= 64 or x.dtype == torch.float64:      # matrix units want 16 or more
+        return False
+    return torch.cuda.get_device_properties(x.device).major >= 8 if x.is_cuda else INTERPRETED
+
+
+def has_kernel(name, takes):
+    """Decorator: this function is the kernel of that definition, for arguments of which takes(..) is true."""
+    def register(fast):
+        FAST[name] = takes, fast
+        return fast
+    return register
+
+
+@contextlib.contextmanager
+def full_float32(device):
+    """No TF32 and no autocast inside: TF32 keeps 11 bits, an error of 1e-3 in H x, and moves values across grid lines.
+
+    cuDNN's convolutions may use TF32: what they multiply are integers of up to 11 bits (HQLayer.operand).
+    """
+    autocast = device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type)
+    with torch.autocast(device.type, enabled=False) if autocast else contextlib.nullcontext():
+        if torch.compiler.is_compiling():            # it cannot trace these switches: who compiles turns them
+            yield
+            return
+        # torch 2.9 gave the setting a name a library, and refuses the old common name to programs that use those.
+        parts = torch.backends.cuda.matmul, *(getattr(torch.backends.mkldnn, n, None) for n in ("matmul", "conv"))
+        parts = [p for p in parts if hasattr(p, "fp32_precision")]
+        common = None if parts else torch.get_float32_matmul_precision()
+        changed = [(p, p.fp32_precision) for p in parts if p.fp32_precision not in ("ieee", "none")]
+        for p, _ in changed:                         # only where somebody asked for less: the setting is every thread's
+            p.fp32_precision = "ieee"
+        if common not in (None, "highest"):
+            torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            for p, precision in changed:
+                p.fp32_precision = precision
+            if common not in (None, "highest"):
+                torch.set_float32_matmul_precision(common)
+
+
+class Kept:
+    """make(), remembered until `mode` or one of the tensors it was made of is another, or was written to."""
+    last = None, (), None
+
+    def __call__(self, tensors, mode, make):
+        tensors = [(v, 0 if v.is_inference() else v._version) for v in tensors]
+        last_mode, last_tensors, result = self.last              # read once: another thread may replace it
+        if mode != last_mode or any(a is not b or i != j for (a, i), (b, j) in zip(tensors, last_tensors)):
+            with torch.inference_mode(False):                    # for later calls, too, and those may need gradients
+                result = make()
+            if not torch.compiler.is_compiling():                # what a compiler sees is nothing to keep
+                self.last = mode, tensors, result
+        return result
+
+    def __reduce__(self):                            # copies and pickles begin with nothing
+        return Kept, ()
+
+
+# ---------------------------------------------------------------- integer products of int8 instructions, without Triton
+
+def int8_digits(x, largest, limit, bits):
+    """Integers up to `largest` -> [(shift, int8)] with x = sum digit << shift: 0 .. 2^bits - 1, the last +-limit."""
+    digits, shift = [], 0
+    while largest > limit:
+        digits.append((shift, (x & (2**bits - 1)).to(torch.int8)))
+        x, largest, shift = x >> bits, (largest >> bits) + 1, shift + bits       # x >> bits rounds down: hence the + 1
+    return [*digits, (shift, x.to(torch.int8))]
+
+
+def largest_of(x):
+    """The largest |x|; on a GPU what its dtype can hold, because to look would make the host wait."""
+    if x.is_cuda and x.dtype in (torch.int8, torch.int16):
+        return torch.iinfo(x.dtype).max
+    return max(-int(x.min()), int(x.max())) if x.numel() else 0
+
+
+def im2col(x, kh, kw, stride, padding):
+    """(B, h, w, C) -> (B h' w', kh kw C), a row for each output pixel. A copy only where patches overlap."""
+    C, x = x.shape[-1], F.pad(x, (0, 0) + (padding,) * 4)
+    x = rearrange(x, "B h w C -> B h (w C)")         # kw neighbours with all their channels are one run of memory
+    x = x.unfold(2, kw * C, stride * C).unfold(1, kh, stride)                # (B, h', w', kw C, kh), a view
+    return rearrange(x, "B h w kwC kh -> (B h w) (kh kwC)")
+
+
+def int8_product(q_x, q_w, stride, padding):
+    """q_x (B, h, w, C) and q_w (O, C, kh, kw) -> int32 (B h' w', O): im2col, and a product of each pair of int8 digits.
+
+    CPUs without VNNI instructions add products in pairs as int16, activations shifted by 128: two of them must not pass
+    32767. That leaves weights 64 (activations up to 127) to 125 (up to 3); larger ones get two digits or more.
+    """
+    x_max, (O, _, kh, kw), acc = largest_of(q_x), q_w.shape, None
+    limit = 127 if q_x.is_cuda else 32767 // (2 * (128 + min(x_max, 127)))
+    w = rearrange(q_w, "O C kh kw -> O (kh kw C)")
+    weights = int8_digits(w, largest_of(w), limit, bits=7 if q_x.is_cuda else 6)
+    # cuBLASLt wants more than 16 rows, multiples of 8 elsewhere (zeros change no sum), and weights stored by columns.
+    wide = -w.shape[1] % 8
+    rows = torch.cat([F.pad(digit, (0, wide, 0, -O % 8)) for _, digit in weights])
+    for i, digit in int8_digits(q_x, x_max, 127, bits=7):
+        a = im2col(digit, kh, kw, stride, padding)
+        m = len(a)
+        parts = torch._int_mm(F.pad(a, (0, wide, 0, max(0, 32 - m))) if wide or m < 32 else a, rows.T)
+        for (j, _), part in zip(weights, parts.split(len(rows) // len(weights), dim=1)):
+            part = part[:m, :O] << (i + j) if i + j else part[:m, :O]
+            acc = part if acc is None else acc + part            # int32 wraps around, and the sum fits
+    return acc
+
+
+def _takes_integers(q_x, q_w, stride=1, padding=0, scales=None):
+    return q_x.device.type in ("cpu", "cuda") and not q_x.is_floating_point() and not q_w.is_floating_point()
+
+
+@has_kernel("int_conv2d", _takes_integers)
+def int_conv2d(q_x, q_w, stride=1, padding=0, scales=None):
+    (B, h, w, _), (O, _, kh, kw) = q_x.shape, q_w.shape
+    h, w = (h + 2 * padding - kh) // stride + 1, (w + 2 * padding - kw) // stride + 1
+    if on_triton(q_x) and {q_x.dtype, q_w.dtype} <= {torch.int8, torch.int16}:
+        return int_conv2d_triton(q_x, q_w, stride, padding, scales, B, h, w)
+    acc = int8_product(q_x, q_w, stride, padding).view(B, h, w, O)
+    return acc if scales is None else CHOSEN["scale_and_bias"](acc.float(), scales)
+
+
+# ---------------------------------------------------------------- Triton
+
+# Tensors have their channels last here: a pixel's (or a token's) lie side by side, and so do the transform's blocks.
+if triton is not None:
+    @triton.jit
+    def _rotate(x, K: tl.constexpr):
+        """(rows, K) float32 -> x R. TF32 units keep 11 bits: x = high + low are two such halves; +-1 needs one bit."""
+        i, j = tl.arange(0, K)[:, None], tl.arange(0, K)[None, :]
+        common = i & j                                           # R_ij = (-1)^(number of common one bits of i and j)
+        common ^= common >> 4
+        common ^= common >> 2
+        common ^= common >> 1
+        R = 1.0 - 2.0 * (common & 1).to(tl.float32)
+        high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)       # 8192 = 2^13, and 24 - 13 = 11
+        return tl.dot(high, R, input_precision="tf32") + tl.dot(x - high, R, input_precision="tf32")
+
+    @triton.jit
+    def _walsh_kernel(x_ptr, y_ptr, vectors, scale: tl.constexpr, inner: tl.constexpr, K: tl.constexpr,
+                      ROWS: tl.constexpr):
+        """y = scale R x for vectors of K numbers that lie `inner` apart in memory. Each program does ROWS vectors."""
+        v = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)        # 64 bits: a tensor may have 2^31 numbers
+        offsets = (v // inner * (K * inner) + v % inner)[:, None] + tl.arange(0, K)[None, :] * inner
+        mask = (v < vectors)[:, None]
+        x = tl.load(x_ptr + offsets, mask, other=0).to(tl.float32)
+        tl.store(y_ptr + offsets, (_rotate(x, K) * scale).to(y_ptr.dtype.element_ty), mask)
+
+    @triton.jit
+    def _round(t, low, high):
+        """clamp(t, low, high) rounded, ties to even: next to 1.5 * 2^23 a float32 has no bit below 1."""
+        return (tl.minimum(tl.maximum(t, low), high) + 12582912.0) - 12582912.0
+
+    @triton.jit
+    def _quantize_kernel(x_ptr, s_ptr, z_ptr, y_ptr, n, low, high, K: tl.constexpr, ROWS: tl.constexpr,
+                         NORM: tl.constexpr, g_ptr=None, gs_ptr=None, gz_ptr=None):
+        """y = clamp(round(H x / s) + z, low, high) - z, for samples of n numbers with an s and a z each. NORM 1: no H.
+
+        Given g, the way back: y is the gradient of x at every place; those of s and z come as one sum a program.
+        """
+        sample = tl.program_id(0)                                # the other axes of a grid end at 65,535
+        at = tl.program_id(1) * (ROWS * K) + tl.arange(0, ROWS)[:, None] * K + tl.arange(0, K)[None, :]
+        offsets, mask = sample.to(tl.int64) * n + at, at < n
+        x, s, z = tl.load(x_ptr + offsets, mask, other=0).to(tl.float32), tl.load(s_ptr + sample), 0.0
+        if z_ptr is not None:
+            z = tl.load(z_ptr + sample)
+        if NORM != 1.0:
+            x = _rotate(x, K) * NORM
+        t = x * (1 / s)
+        t, first, last = t + (x - t * s) * (1 / s), low - z, high - z        # Newton's step: as good as a division
+        if g_ptr is None:
+            y = _round(t, first, last)
+        else:
+            g, near = tl.load(g_ptr + offsets, mask, other=0).to(tl.float32), _round(t, first - 1, last + 1)
+            inside = (near >= first) & (near <= last)
+            y = tl.where(inside, g * (1 / s), 0.0)
+            part = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+            tl.store(gs_ptr + part, -tl.sum(tl.sum(y * t, 1), 0))            # d(x/s)/ds = -(x/s)/s
+            if gz_ptr is not None:
+                tl.store(gz_ptr + part, -tl.sum(tl.sum(tl.where(inside, 0.0, g), 1), 0))     # inside, z comes and goes
+            if NORM != 1.0:
+                y = _rotate(y, K) * NORM
+        tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask)
+
+    @triton.jit
+    def _scale_kernel(acc_ptr, s_x_ptr, s_w_ptr, bias_ptr, y_ptr, n, C, ROWS: tl.constexpr, COLS: tl.constexpr,
+                      g_ptr=None, gs_ptr=None):
+        """y = acc * (s_x s_w) + bias over a sample's pixels. Given g: y = g * (s_x s_w), sums of g * acc by program."""
+        sample, c = tl.program_id(0), tl.program_id(2) * COLS + tl.arange(0, COLS)
+        pixel = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+        offsets = (sample.to(tl.int64) * n + pixel)[:, None] * C + c[None, :]
+        mask = (pixel < n)[:, None] & (c < C)[None, :]
+        acc = tl.load(acc_ptr + offsets, mask, other=0)
+        s = tl.load(s_x_ptr + sample) * tl.load(s_w_ptr + c, c < C, other=0)
+        if g_ptr is not None:
+            g = tl.load(g_ptr + offsets, mask, other=0)
+            part = (sample * tl.num_programs(1) + tl.program_id(1)) * C
+            tl.store(gs_ptr + part + c, tl.sum(g * acc, 0), c < C)
+            tl.store(y_ptr + offsets, g * s[None, :], mask)
+        else:
+            tl.store(y_ptr + offsets, acc * s[None, :] + tl.load(bias_ptr + c, c < C, other=0)[None, :], mask)
+
+    @triton.jit
+    def _int_kernel(x_ptr, w_ptr, y_ptr, pixels, h, w, h_out, w_out, C, outs, kw, taps, stride, padding,
+                    PIXELS: tl.constexpr, OUTS: tl.constexpr, CHANNELS: tl.constexpr, WIDE_X: tl.constexpr,
+                    WIDE_W: tl.constexpr, s_x_ptr=None, s_w_ptr=None, bias_ptr=None):
+        """Integers x (B, h, w, C), w (outs, taps, C) -> y (pixels, outs): int32, or float32 sums * (s_x s_w) + bias.
+
+        Each program sums PIXELS x OUTS outputs over taps and channels; no patches are copied. Integer units take int8:
+        wide operands (int16) are cut into x = low + 256 high, low their last byte, and the three shifts summed apart.
+        """
+        pixel, out = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS), tl.program_id(1) * OUTS + tl.arange(0, OUTS)
+        b, i, j = pixel // (h_out * w_out), pixel // w_out % h_out * stride - padding, pixel % w_out * stride - padding
+        picture, chunks = x_ptr + b.to(tl.int64) * (h * w * C), tl.cdiv(C, CHANNELS)
+        acc = tl.zeros((PIXELS, OUTS), tl.int32)
+        acc8, acc16 = acc, acc                                   # narrow operands leave them 0: the compiler drops them
+        for k in range(taps * chunks):
+            tap, c = k // chunks, k % chunks * CHANNELS + tl.arange(0, CHANNELS)
+            y, x = i + tap // kw, j + tap % kw
+            inside = (pixel < pixels) & (y >= 0) & (y < h) & (x >= 0) & (x < w)
+            q_x = tl.load((picture + (y * w + x) * C)[:, None] + c[None, :],
+                          inside[:, None] & (c < C)[None, :], other=0)
+            q_w = tl.load(w_ptr + ((out * taps + tap) * C)[None, :] + c[:, None],
+                          (out < outs)[None, :] & (c < C)[:, None], other=0)
+            low_x, low_w = q_x.to(tl.int8), q_w.to(tl.int8)
+            acc = tl.dot(low_x, low_w, acc, out_dtype=tl.int32)
+            if WIDE_X:
+                high_x = ((q_x - low_x) >> 8).to(tl.int8)
+                acc8 = tl.dot(high_x, low_w, acc8, out_dtype=tl.int32)
+            if WIDE_W:
+                high_w = ((q_w - low_w) >> 8).to(tl.int8)
+                acc8 = tl.dot(low_x, high_w, acc8, out_dtype=tl.int32)
+            if WIDE_X and WIDE_W:
+                acc16 = tl.dot(high_x, high_w, acc16, out_dtype=tl.int32)
+        acc += (acc8 << 8) + (acc16 << 16)
+        y_ptrs = y_ptr + pixel.to(tl.int64)[:, None] * outs + out[None, :]
+        mask = (pixel < pixels)[:, None] & (out < outs)[None, :]
+        if s_x_ptr is not None:
+            s_x, s_w = tl.load(s_x_ptr + b, pixel < pixels, other=0), tl.load(s_w_ptr + out, out < outs, other=0)
+            s = s_x[:, None] * s_w[None, :]
+            tl.store(y_ptrs, acc.to(tl.float32) * s + tl.load(bias_ptr + out, out < outs, other=0)[None, :], mask)
+        else:
+            tl.store(y_ptrs, acc, mask)
+
+
+def _takes_blocks(x, dim=1, block=32, scale=1.0, dtype=None):
+    whole = x.is_floating_point() or x.dtype in (torch.int8, torch.int16)    # wider integers do not fit 22 bits
+    return on_triton(x, block) and whole and x.shape[dim] % block == 0
+
+
+@has_kernel("walsh", _takes_blocks)
+def walsh(x, dim=1, block=32, scale=1.0, dtype=None):
+    return _Walsh.apply(x, dim % x.ndim, block, scale, dtype or (x.dtype if x.is_floating_point() else torch.int32))
+
+
+class _Walsh(torch.autograd.Function):
+    """y = scale R x has the gradient scale R^T g = scale R g: nothing needs to be saved for the way back."""
+
+    @staticmethod
+    def forward(ctx, x, dim, block, scale, dtype):
+        ctx.args = dim, block, scale, x.dtype
+        last = x.ndim == 4 and dim == 1 and x.is_contiguous(memory_format=torch.channels_last)
+        x = x if last else x.contiguous()
+        y, vectors = torch.empty_like(x, dtype=dtype), x.numel() // block
+        inner = 1 if last else math.prod(x.shape[dim + 1:])
+        if vectors:
+            _walsh_kernel[(triton.cdiv(vectors, 128),)](x, y, vectors, scale, inner, block, 128)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        return _Walsh.apply(g, *ctx.args), None, None, None, None
+
+
+@has_kernel("rotate_and_quantize", lambda x, s, z, grid, block=1, dtype=None: on_triton(x, block if block > 1 else 32))
+def rotate_and_quantize(x, s, z, grid, block=1, dtype=torch.float32):
+    return _Quantize.apply(x, s, z, grid, block, dtype)
+
+
+class _Quantize(torch.autograd.Function):
+    """x is read once and q written once; the way back likewise, with H x computed anew."""
+
+    @staticmethod
+    def forward(ctx, x, s, z, grid, block, dtype):
+        x, s, z, width = x.contiguous(), s.contiguous(), z if z is None else z.contiguous(), block if block > 1 else 32
+        ctx.save_for_backward(x, s, z)
+        ctx.args = (x.numel() // max(1, len(x)), *grid, width, 4096 // width, block**-0.5)
+        q = torch.empty_like(x, dtype=dtype)
+        if x.numel():
+            _quantize_kernel[(len(x), triton.cdiv(ctx.args[0], 4096))](x, s, z, q, *ctx.args)
+        return q
+
+    @staticmethod
+    def backward(ctx, g):
+        x, s, z = ctx.saved_tensors
+        tiles = triton.cdiv(ctx.args[0], 4096)
+        gx, gs = torch.empty_like(x), s.new_empty(len(x), tiles)
+        gz = None if z is None else s.new_empty(len(x), tiles)
+        if x.numel():
+            _quantize_kernel[(len(x), tiles)](x, s, z, gx, *ctx.args, g.contiguous(), gs, gz)
+        return gx, gs.sum(1), None if z is None else gz.sum(1), None, None, None
+
+
+@has_kernel("scale_and_bias", lambda acc, scales: on_triton(acc) and acc.dtype == torch.float32)
+def scale_and_bias(acc, scales):
+    return _Scale.apply(acc, *scales)
+
+
+class _Scale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, acc, s_x, s_w, bias):
+        acc, s_x, s_w = acc.contiguous(), s_x.contiguous(), s_w.contiguous()
+        ctx.save_for_backward(acc, s_x, s_w)
+        return _scale(acc, s_x, s_w, bias)
+
+    @staticmethod
+    def backward(ctx, g):
+        acc, s_x, s_w = ctx.saved_tensors
+        n = acc.numel() // max(1, len(acc) * len(s_w))
+        sums = s_x.new_empty(len(acc), triton.cdiv(n, 64), len(s_w))
+        out = _scale(acc, s_x, s_w, None, g.contiguous(), sums)
+        sums = sums.sum(1)                           # (B, C): sums of g * acc over a sample's pixels
+        return out, (sums * s_w).sum(1), (sums * s_x[:, None]).sum(0), None
+
+
+def _scale(acc, s_x, s_w, bias, *back):
+    y, C = torch.empty_like(acc), len(s_w)
+    if acc.numel():                                  # no fused multiply-add: _int_kernel must round as this does
+        n, cols = acc.numel() // (len(acc) * C), min(64, triton.next_power_of_2(C))
+        _scale_kernel[(len(acc), triton.cdiv(n, 64), triton.cdiv(C, cols))](
+            acc, s_x, s_w, bias, y, n, C, 64, cols, *back, enable_fp_fusion=False)
+    return y
+
+
+def int_conv2d_triton(q_x, q_w, stride, padding, scales, *shape):
+    """q_x and q_w int8 or int16 -> (*shape, O). int16 goes up to 32,639 (HQLayer's operands end at 14 bits)."""
+    q_x, w = q_x.contiguous(), rearrange(q_w, "O C kh kw -> O (kh kw C)").contiguous()
+    (_, h, w_in, C), (O, _, kh, kw) = q_x.shape, q_w.shape
+    wide, pixels = [t.dtype == torch.int16 for t in (q_x, w)], math.prod(shape)
+    y = torch.empty(*shape, O, dtype=torch.float32 if scales else torch.int32, device=q_x.device)
+    if pixels:
+        OUTS = 64 if O <= 64 else 128                # the fastest of some thirty choices, on an H200
+        CHANNELS = 128 if C % 128 == 0 and not all(wide) else 64 if C > 32 else 32
+        _int_kernel[(triton.cdiv(pixels, 128), triton.cdiv(O, OUTS))](
+            q_x, w, y, pixels, h, w_in, *shape[1:], C, O, kw, kh * kw, stride, padding, 128, OUTS, CHANNELS, *wide,
+            *(v.contiguous() for v in scales or ()), num_warps=8 if any(wide) else 4, enable_fp_fusion=False)
+    return y
