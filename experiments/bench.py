@@ -1,12 +1,13 @@
 """How fast each part is, against what it competes with, on the device at hand.
 
     python experiments/bench.py                    # everything but the commands: bench.json, bench.png, a table
-    python experiments/bench.py hadamard sampling  # these parts only; the others keep what bench.json has of this device
+    python experiments/bench.py hadamard sampling  # these parts only; of the others bench.json keeps what it has
     python experiments/bench.py commands           # a CPU: seconds of `make test`, the notebook and the short training
 
 hadamard   the transform: recursion, ours, dense C x C (what the authors' training code does), a copy as the limit
 growth     its cost against n = 2 .. 4096
-update     one quantized training update against one of the float model: same batch, device and code
+update     one quantized training update against one of the float model: same batch, device and code; its targets, which
+           the teacher computes for each update, are there beforehand, and what they take is the row `carousel`
 sampling   pictures a second: float, fake-quantized, integer in both views
 training   images a second of the float training; other libraries where they are installed
 scaling    the same by torchrun on 1, 2 and 4 GPUs
@@ -18,6 +19,8 @@ half. Times are of warm code: compiling and the first rounds are left out.
 import argparse
 import contextlib
 import copy
+import functools
+import itertools
 import json
 import re
 import subprocess
@@ -32,11 +35,14 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import hqdm  # noqa: E402
 import train  # noqa: E402
-from sample import HERE as ROOT, draw, load_model, pick_device, provenance, run_cli, write_json  # noqa: E402
-from unet import UNet, add_noise  # noqa: E402
+from plumbing.kernels import on_triton  # noqa: E402
+from plumbing.runs import adamw, autocast, pick_device, provenance, run_cli, write_json  # noqa: E402
+from sample import CHECKPOINTS, draw, load_model  # noqa: E402
+from unet import UNet, add_noise, ddim_timesteps  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-BITS = dict(wbits=4, abits=3)
+ROOT = HERE.parent
+TIMESTEPS = tuple(ddim_timesteps(10).tolist())
 
 
 # ---------------------------------------------------------------- measuring
@@ -49,7 +55,8 @@ def synchronize(device):
 def compare(runs, device, seconds=2.0, warm=2, least=5):
     """{name: function} -> {name: {"ms", "low", "high", "n"}}: the functions take turns; median and quartiles of each.
 
-    On CUDA its events measure; a gigabyte of zeros goes before each run, so that no cache helps and no launch is waited for.
+    On CUDA its events measure; a gigabyte of zeros goes before each run, so that no cache helps and no launch is waited
+    for.
     """
     times = {name: [] for name in runs}
     cuda = device.type == "cuda"
@@ -73,7 +80,8 @@ def compare(runs, device, seconds=2.0, warm=2, least=5):
                 run()
                 synchronize(device)
                 times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: dict(zip(("low", "ms", "high"), np.percentile(t, (25, 50, 75)).round(4).tolist()), n=len(t)) for name, t in times.items()}
+    quartiles = {name: np.percentile(t, (25, 50, 75)).round(4).tolist() for name, t in times.items()}
+    return {name: dict(zip(("low", "ms", "high"), q), n=len(times[name])) for name, q in quartiles.items()}
 
 
 # ---------------------------------------------------------------- the transform
@@ -81,6 +89,16 @@ def compare(runs, device, seconds=2.0, warm=2, least=5):
 def recursion(x, block=32):
     """The definition, block by block along the channels."""
     return hqdm.fwht(x.movedim(1, -1).unflatten(-1, (-1, block))).flatten(-2).movedim(-1, 1)
+
+
+def there_and_back(x, s):
+    """H x on a 3-bit grid and H back, as a layer would in values. On Triton with int8 in between, as in view A."""
+    if on_triton(x):
+        last = x.movedim(1, -1)                      # of NCHW the kernel makes a copy with its channels last
+        q = hqdm.rotate_and_quantize(last, s, None, hqdm.make_grid(3, True), 32, torch.int8)
+        return hqdm.walsh(q, -1, 32, 32**-0.5, x.dtype).movedim(-1, 1)
+    s = s.to(x.dtype).view(-1, 1, 1, 1)
+    return hqdm.hadamard(hqdm.quantize(hqdm.hadamard(x), s, None, hqdm.make_grid(3, True)))
 
 
 def hadamard(device, quick):
@@ -93,17 +111,12 @@ def hadamard(device, quick):
             for layout in ("channels_last", "NCHW"):
                 x = torch.randn(shape, device=device).to(dtype)
                 x = x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
-                out, matrix = torch.empty_like(x), dense.to(dtype)
-                s, z = torch.full((shape[0],), 0.5, device=device), torch.zeros(shape[0], device=device)
-
-                def there_and_back():                                    # the integers in between are int8, as in view A
-                    if hqdm.fast_gpu(x):
-                        return hqdm._walsh_gpu(hqdm._QuantizeGPU.apply(x, s, z, *hqdm.grid(3, True), 1, 32, torch.int8), 1, 32, 32**-0.5, dtype)
-                    return hqdm.hadamard(hqdm.quantize(hqdm.hadamard(x), s.to(dtype).view(-1, 1, 1, 1), 0, 3, symmetric=True))
-
-                runs = {"copy": lambda: out.copy_(x), "ours": lambda: hqdm.hadamard(x), "recursion": lambda: recursion(x),
-                        "dense C x C": lambda: torch.einsum("oc,bchw->bohw", matrix, x), "ours, quantize, ours": there_and_back}
-                missing = []
+                out, matrix, s = torch.empty_like(x), dense.to(dtype), torch.full((shape[0],), 0.5, device=device)
+                runs = {"copy": lambda: out.copy_(x), "ours": lambda: hqdm.hadamard(x),
+                        "recursion": lambda: recursion(x),
+                        "dense C x C": lambda: torch.einsum("oc,bchw->bohw", matrix, x),
+                        "ours, quantize, ours": lambda: there_and_back(x, s)}
+                where, missing = {"shape": shape, "dtype": str(dtype)[6:], "layout": layout}, []
                 try:
                     if device.type != "cuda":
                         raise ImportError("a CUDA extension")
@@ -119,11 +132,12 @@ def hadamard(device, quick):
                         error = None
                         if name in ("ours", "recursion", "dense C x C"):
                             error = float(((runs[name]().double().cpu() - exact).norm() / exact.norm()))
-                        rows.append({"what": name, "shape": shape, "dtype": str(dtype)[6:], "layout": layout, **t,
-                                     "of_copy": round(times["copy"]["ms"] / t["ms"], 3), "error": error})
-                rows += [{"what": name, "shape": shape, "dtype": str(dtype)[6:], "layout": layout, "ms": None, "note": "not installed"} for name in missing]
+                        rows.append({"what": name, **where, **t, "of_copy": round(times["copy"]["ms"] / t["ms"], 3),
+                                     "error": error})
+                rows += [{"what": name, **where, "ms": None, "note": "not installed"} for name in missing]
     ours, there = (next(r for r in rows if r["what"] == what) for what in ("ours", "ours, quantize, ours"))
-    return rows, {"hadamard_fraction_of_copy": ours["of_copy"], "hadamard_error": ours["error"], "there_and_back_in_copies": round(1 / there["of_copy"], 2)}
+    return rows, {"hadamard_fraction_of_copy": ours["of_copy"], "hadamard_error": ours["error"],
+                  "there_and_back_in_copies": round(1 / there["of_copy"], 2)}
 
 
 def growth(device, quick):
@@ -132,10 +146,17 @@ def growth(device, quick):
     for n in (2**i for i in range(1, 13)):
         x = torch.randn((2**20 if quick else 2**23) // n, n, device=device)
         matrix = hqdm.hadamard_matrix(n, device)
-        fast = (lambda: hqdm.hadamard(x, 1, n)) if n <= 64 else (lambda: hqdm.hadamard(hqdm.fwht(x.unflatten(1, (-1, 64)).mT).mT.flatten(1), 1, 64))
+
+        def fast():
+            if n <= 64:
+                return hqdm.hadamard(x, 1, n)
+            return hqdm.hadamard(hqdm.fwht(x.unflatten(1, (-1, 64)).mT).mT.flatten(1), 1, 64)
+
+        runs = {"naive, n^2": lambda: x @ matrix / n**0.5, "recursive, n log n": lambda: hqdm.fwht(x),
+                "matrix blocks up to 64": fast}
         with torch.no_grad(), hqdm.full_float32(device):
             torch.testing.assert_close(fast(), hqdm.fwht(x), rtol=1e-4, atol=1e-4)
-            times = compare({"naive, n^2": lambda: x @ matrix / n**0.5, "recursive, n log n": lambda: hqdm.fwht(x), "matrix blocks up to 64": fast}, device, 0.1 if quick else 0.03)
+            times = compare(runs, device, 0.1 if quick else 0.03)
         rows += [{"what": name, "length": n, **t} for name, t in times.items()]        # n of t: how often it was timed
     return rows, {}
 
@@ -145,19 +166,21 @@ def growth(device, quick):
 @contextlib.contextmanager
 def authors_way():
     """The layer as the authors' training code computes it, from its description: dense matrices, values on the grid."""
-    def forward(self, x):
-        if self.rotation != "single":
+    def forward(self, x):                            # x (B, .., C_in): HQConv2d's forward is around this one
+        if self.scheme.rotation != "single":
             return plain(self, x)
+        k = self.scheme.block
         if not hasattr(self, "dense"):
-            k = self.block
-            self.dense = torch.block_diag(*[hqdm.hadamard_matrix(k, x.device)] * (self.shape[1] // k)) / k**0.5
-        rotate = (lambda v: torch.einsum("oc,bchw->bohw", self.dense, v)) if x.ndim == 4 else (lambda v: v @ self.dense)
-        s = self.log_s_x.exp()[self.clock.step].view((-1,) + (1,) * (x.ndim - 1))
-        x_hat = rotate(s * hqdm.quantize(rotate(x), s, 0, self.abits, True))
-        q_w, s_w = self.quantize_weight()
-        w_hat = (s_w * q_w.flatten(1)).view(self.shape)
-        y = self.multiply(x_hat, w_hat)
-        return y if self.bias is None else y + self.bias.view(self.per_channel)
+            self.dense = torch.block_diag(*[hqdm.hadamard_matrix(k, x.device)] * (x.shape[-1] // k)) / k**0.5
+
+        def rotate(v):
+            return torch.einsum("oc,bhwc->bhwo", self.dense, v) if v.ndim == 4 else v @ self.dense
+
+        s = hqdm.at_step(self.activations.log_s_x.exp(), len(x)).view(-1, *[1] * (x.ndim - 1))
+        x_hat = rotate(s * hqdm.quantize(rotate(x), s, None, self.activations.grid))
+        q_w, s_w = self.weights()
+        w_hat = (s_w * q_w.flatten(1)).view(self.weights.shape)
+        return self.multiply(x_hat, w_hat) + self.bias
 
     plain, hqdm.HQLayer.forward = hqdm.HQLayer.forward, forward
     try:
@@ -166,17 +189,16 @@ def authors_way():
         hqdm.HQLayer.forward = plain
 
 
-def updater(teacher, pool, batch, rotation=None):
+def distillation(teacher, walks, batches, rotation=None):
     """A function that does one distillation update: of a float copy (rotation None), or of a quantized student."""
-    student = copy.deepcopy(teacher).requires_grad_(True)
     if rotation is None:
-        groups = [{"params": list(student.parameters()), "base_lr": 1e-6}]
+        student = copy.deepcopy(teacher).requires_grad_(True)
+        groups = [{"params": list(student.parameters()), "lr": 1e-6}]
     else:
-        hqdm.quantize_unet(student, **BITS, rotation=rotation, timesteps=pool["t"].tolist())
-        hqdm.calibrate(student, teacher, ((x[:8], t.expand(8), pool["y"][:8]) for x, t in zip(pool["x"], pool["t"])))
-        groups = hqdm.parameter_groups(student)
-    optimizer = train.adamw(groups, pool["x"].device)
-    updates = train.distil_updates(student, optimizer, train.pool_batches(pool, batch, 10**9, seed=0), 10**9)
+        student = train.quantized_copy(teacher, hqdm.Scheme(4, 3, rotation, timesteps=TIMESTEPS), walks)
+        groups = train.parameter_groups(student)
+    optimizer = adamw(groups, next(teacher.parameters()).device)
+    updates = train.distil(student, optimizer, itertools.cycle(batches), 10**9)
     return lambda: next(updates)
 
 
@@ -194,10 +216,12 @@ def prepare(make, device, calls=5):
 
 
 def update(device, quick):
-    """Rows of part `update`: milliseconds of one update, its ratio to the float32 update of the same batch, peak memory."""
-    teacher = load_model(ROOT / "checkpoints" / "teacher.pt", device).requires_grad_(False)
-    pool = train.make_pool(teacher, 8 if quick else 64, 10, seed=1)
-    rows, figures = [], {}
+    """Rows of part `update`: milliseconds of an update, its ratio to the float32 update of the same batch, peak memory.
+
+    All updates take their batches in turn from the same few, made beforehand; row `carousel` is the making of one.
+    """
+    teacher = load_model(CHECKPOINTS / "teacher.pt", device).requires_grad_(False)
+    walks, rows, figures = train.trajectories(teacher, 8, len(TIMESTEPS), seed=1), [], {}
 
     def inside(context, run):
         def wrapped():
@@ -206,22 +230,29 @@ def update(device, quick):
         return wrapped
 
     for batch in ((4, 16) if quick else (128, 512)):
-        plain, plain_memory = prepare(lambda: updater(teacher, pool, batch), device)
-        made = {rotation: lambda rotation=rotation: updater(teacher, pool, batch, rotation) for rotation in hqdm.ROTATIONS}
-        made["single, the authors' way"] = lambda: inside(authors_way, updater(teacher, pool, batch, "single"))
+        carousel = train.Carousel(teacher, (2 if quick else 16) * batch, TIMESTEPS, seed=1)
+        batches = list(carousel.batches(batch, 8 if quick else 64, seed=0))
+        one = functools.partial(distillation, teacher, walks, batches)       # of a float copy, or of the rotation given
+        plain, plain_memory = prepare(one, device)
+        made = {rotation: functools.partial(one, rotation) for rotation in hqdm.ROTATIONS}
+        made["single, the authors' way"] = lambda: inside(authors_way, one("single"))
         if device.type == "cuda":
-            made["float, bf16"] = lambda: inside(lambda: train.autocast(device), updater(teacher, pool, batch))
+            made["float, bf16"] = lambda: inside(lambda: autocast(device), one())
+        made["carousel"] = lambda: functools.partial(next, carousel.batches(batch, 10**9, seed=1))
         # A GPU has memory for two: float against one other at a time. A CPU drifts more than they differ: all in turn.
         sets = [[name] for name in made] if device.type == "cuda" else [list(made)]
         for names in sets:
             prepared = {name: prepare(made[name], device) for name in names}
-            times = compare({"float": plain, **{name: run for name, (run, _) in prepared.items()}}, device, seconds=10 if quick else 1.5)
+            runs = {"float": plain, **{name: run for name, (run, _) in prepared.items()}}
             memory = {"float": plain_memory, **{name: gib for name, (_, gib) in prepared.items()}}
+            times = compare(runs, device, seconds=10 if quick else 1.5)
             for what in times if names[0] == "none" else names:
-                rows.append({"what": what, "batch": batch, **times[what], "of_float": round(times[what]["ms"] / times["float"]["ms"], 3), "peak_gib": memory[what]})
-            del prepared
-        figures[f"qat_update_ratio_b{batch}"] = max(r["of_float"] for r in rows if r["batch"] == batch and r["what"] in hqdm.ROTATIONS)
-        del plain
+                ratio = round(times[what]["ms"] / times["float"]["ms"], 3)
+                rows.append({"what": what, "batch": batch, **times[what], "of_float": ratio, "peak_gib": memory[what]})
+            del prepared, runs
+        ratios = [r["of_float"] for r in rows if r["batch"] == batch and r["what"] in hqdm.ROTATIONS]
+        figures[f"qat_update_ratio_b{batch}"] = max(ratios)
+        del plain, one, made, carousel, batches
     return rows, figures
 
 
@@ -235,8 +266,10 @@ def libraries(size=32):
         found["denoising-diffusion-pytorch"] = None
     try:
         from diffusers import UNet2DModel
-        model = UNet2DModel(size, block_out_channels=(64, 128, 128, 128), layers_per_block=2, down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-                            up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"))
+        model = UNet2DModel(
+            size, block_out_channels=(64, 128, 128, 128), layers_per_block=2,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"))
         found["diffusers UNet2DModel"] = (model, lambda m, x, t: m(x, t).sample)
     except ImportError:
         found["diffusers UNet2DModel"] = None
@@ -244,7 +277,7 @@ def libraries(size=32):
 
 
 def training(device, quick):
-    """Rows of part `training`: images a second of the float teacher's training; the others get their own plain loop, in bf16.
+    """Rows of part `training`: images a second of the float teacher's training; the others get a plain loop, in bf16.
 
     Ours is compiled and recorded, as train.py runs it on a GPU. The others are measured as they come, and compiled.
     """
@@ -255,7 +288,7 @@ def training(device, quick):
         torch.compiler.reset()
         model = UNet().to(device, memory_format=torch.channels_last)
         parameters["ours"] = parameters[f"ours, batch {2 * batch}"] = sum(p.numel() for p in model.parameters())
-        optimizer = train.adamw([{"params": list(model.parameters()), "base_lr": 1e-6}], device)
+        optimizer = adamw([{"params": list(model.parameters()), "lr": 1e-6}], device)
         steps = train.teacher_updates(model, copy.deepcopy(model), optimizer, images, labels, 10**9, batch, seed=0)
         return lambda: next(steps)
 
@@ -265,7 +298,7 @@ def training(device, quick):
         def step():
             x = images[torch.randint(len(images), (batch,), device=device)].float() / 127.5 - 1
             t, eps = torch.randint(1000, (batch,), device=device), torch.randn_like(x)
-            with train.autocast(device):
+            with autocast(device):
                 loss = F.mse_loss(call(net, add_noise(x, t, eps), t).float(), eps)
             adam.zero_grad(set_to_none=True)
             loss.backward()
@@ -285,11 +318,13 @@ def training(device, quick):
     times = compare(runs, device, seconds=3, warm=5)
     if device.type == "cuda":                        # a larger batch, after the others: only to see whether it pays
         times.update(compare({f"ours, batch {2 * batch}": ours(2 * batch)}, device, seconds=3, warm=5))
-    rows = [{"what": name, "batch": (size := 2 * batch if "batch" in name else batch), "parameters": parameters[name], **t,
-             "images_per_s": round(1e3 * size / t["ms"], 1)} for name, t in times.items()]
+    sizes = {name: 2 * batch if "batch" in name else batch for name in times}
+    rows = [{"what": name, "batch": sizes[name], "parameters": parameters[name], **t,
+             "images_per_s": round(1e3 * sizes[name] / t["ms"], 1)} for name, t in times.items()]
     rate = {r["what"]: r["images_per_s"] for r in rows}
     figures = {"float_images_per_s": rate["ours"]}
-    for key, name in (("float_vs_ddpm_pytorch", "denoising-diffusion-pytorch"), ("float_vs_diffusers", "diffusers UNet2DModel")):
+    for key, name in (("float_vs_ddpm_pytorch", "denoising-diffusion-pytorch"),
+                      ("float_vs_diffusers", "diffusers UNet2DModel")):
         figures[key] = round(rate["ours"] / rate[name], 2) if name in rate else None
     return rows + missing, figures
 
@@ -300,26 +335,28 @@ def scaling(device, quick):
     for n in (1, 2, 4):
         row = {"what": f"{n} GPUs", "batch": 512 * n, "images_per_s": None}
         if n <= have:
-            command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "train.py", "--steps", "2000", "--batch", str(512 * n),
-                       "--out", str(ROOT / "runs" / f"bench-{n}-{int(time.time())}")]
+            out = str(ROOT / "runs" / f"bench-{n}-{int(time.time())}")
+            command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "train.py",
+                       "--steps", "2000", "--batch", str(512 * n), "--out", out]
             text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-            row["images_per_s"] = float(np.median([float(v) for v in re.findall(r"([\d.]+) images/s", text)[2:]]))      # after the start
+            rates = [float(v) for v in re.findall(r"([\d.]+) images/s", text)]
+            row["images_per_s"] = float(np.median(rates[2:]))                # after the start
         else:
             row["note"] = f"not measured: {have} GPUs here"
         rows.append(row)
     one, two, four = (r["images_per_s"] for r in rows)
-    return rows, {"ddp_speedup_2": round(two / one, 2) if two else None, "ddp_speedup_4": round(four / one, 2) if four else None}
+    return rows, {f"ddp_speedup_{n}": round(rate / one, 2) if rate else None for n, rate in ((2, two), (4, four))}
 
 
 # ---------------------------------------------------------------- drawing
 
 def sampling(device, quick):
     """Rows of part `sampling`: pictures a second at 50 DDIM steps, of the bundled float and W4A3 single models."""
-    n, steps = (4, 5) if quick else (500, 50)            # a step costs the same at each t: on a CPU 5 are timed, 50 reported
+    n, steps = (4, 5) if quick else (500, 50)      # a step costs the same at each t: a CPU times 5, and 50 are reported
     runs = {}
     for name in ("teacher", "w4a3-none", "w4a3-single"):
         for view in (None,) if name == "teacher" else (None, "A", "B"):
-            model = load_model(ROOT / "checkpoints" / f"{name}.pt", device)
+            model = load_model(CHECKPOINTS / f"{name}.pt", device)
             if view:
                 hqdm.set_integer(model, True, view)
             kind = "float" if name == "teacher" else f"{name}, {'integer ' + view if view else 'fake'}"
@@ -328,18 +365,20 @@ def sampling(device, quick):
     rate = {name: 1e3 * n / t["ms"] * steps / 50 for name, t in times.items()}
     rows = [{"what": name, "batch": n, **t, "images_per_s_50": round(rate[name], 3)} for name, t in times.items()]
     best = max(rate["w4a3-single, integer A"], rate["w4a3-single, integer B"])
-    return rows, {"integer_vs_float_sampling": round(best / rate["float"], 3), "integer_vs_fake_sampling": round(best / rate["w4a3-single, fake"], 3)}
+    return rows, {"integer_vs_float_sampling": round(best / rate["float"], 3),
+                  "integer_vs_fake_sampling": round(best / rate["w4a3-single, fake"], 3)}
 
 
 # ---------------------------------------------------------------- what a user waits for
 
 def commands(device, quick):
     """Rows of part `commands`: seconds of the README's commands, each run once in this environment."""
-    notebook = [str(Path(sys.executable).with_name("jupyter")), "nbconvert", "--to", "notebook", "--execute", "--stdout", "notebooks/outliers.ipynb"]
-    out = ROOT / "runs" / f"bench-{int(time.time())}"
+    notebook = [str(Path(sys.executable).with_name("jupyter")), "nbconvert", "--to", "notebook", "--execute",
+                "--stdout", "notebooks/outliers.ipynb"]
+    short, out = ["train.py", "--wbits", "4", "--abits", "3"], str(ROOT / "runs" / f"bench-{int(time.time())}")
     rows = []
     for name, command in (("tests", [sys.executable, "-m", "pytest", "-q"]), ("notebook", notebook),
-                          ("train.py --wbits 4 --abits 3", [sys.executable, "train.py", "--wbits", "4", "--abits", "3", "--out", str(out)])):
+                          (" ".join(short), [sys.executable, *short, "--out", out])):
         start = time.perf_counter()
         if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode:
             raise ValueError(f"{name} failed, so its seconds mean nothing: {' '.join(command)}")
@@ -347,7 +386,8 @@ def commands(device, quick):
     return rows, {f"seconds_{r['what'].split('.')[0]}": r["seconds"] for r in rows}
 
 
-PARTS = {"hadamard": hadamard, "growth": growth, "update": update, "sampling": sampling, "training": training, "scaling": scaling, "commands": commands}
+PARTS = {"hadamard": hadamard, "growth": growth, "update": update, "sampling": sampling, "training": training,
+         "scaling": scaling, "commands": commands}
 
 
 def short_name(device):
@@ -359,28 +399,29 @@ def short_name(device):
 
 def table(rows):
     """The rows of one part as text: every column that any row has."""
+    def text(v):
+        return "" if v is None else f"{v:.3g}" if isinstance(v, float) and v < 100 else str(v)
+
     columns = list(dict.fromkeys(key for r in rows for key in r))
-    cells = [columns] + [["" if r.get(c) is None else f"{r[c]:.3g}" if isinstance(r[c], float) and r[c] < 100 else str(r[c]) for c in columns] for r in rows]
+    cells = [columns] + [[text(r.get(c)) for c in columns] for r in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells)
 
 
 def chart(report, path):
-    """Bars of four parts (the transform in its first layout) and the growth of the transform, for every device that has these parts."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """Bars of four parts (the transform in its first layout), and its growth; a row for each device with `update`."""
+    from matplotlib.figure import Figure
     devices = [name for name in report if "update" in report[name]["parts"]]
-    fig, axes = plt.subplots(len(devices), 5, figsize=(20, 2.6 * len(devices)), layout="constrained", squeeze=False)
-    for row, name in zip(axes, devices):
+    fig = Figure(figsize=(20, 2.6 * len(devices)), layout="constrained")
+    for row, name in zip(fig.subplots(len(devices), 5, squeeze=False), devices):
         parts = report[name]["parts"]
-        first = [r for r in parts.get("hadamard", []) if r["dtype"] == "float32" and r["layout"] == "channels_last" and r.get("of_copy")]
-        first = [r for r in first if r["shape"] == first[0]["shape"]]
-        batches = parts.get("update", [])
+        first = [r for r in parts.get("hadamard", []) if (r["dtype"], r["layout"]) == ("float32", "channels_last")]
+        first = [r for r in first if r.get("of_copy") and r["shape"] == first[0]["shape"]]
+        batches, trained = parts.get("update", []), [r for r in parts.get("training", []) if r["images_per_s"]]
         bars = [("share of a copy's speed", [(r["what"], r["of_copy"]) for r in first]),
                 ("one update, ratio to float", [(f"{r['what']}, {r['batch']}", r["of_float"]) for r in batches]),
                 ("pictures a second, 50 steps", [(r["what"], r["images_per_s_50"]) for r in parts.get("sampling", [])]),
-                ("float training, images a second", [(r["what"], r["images_per_s"]) for r in parts.get("training", []) if r["images_per_s"]])]
+                ("float training, images a second", [(r["what"], r["images_per_s"]) for r in trained])]
         for ax, (title, pairs) in zip(row, bars):
             ax.barh([k for k, _ in pairs][::-1], [v for _, v in pairs][::-1], color="C0")
             ax.set_title(f"{name}: {title}", fontsize=9)
@@ -388,7 +429,8 @@ def chart(report, path):
             ax.locator_params(axis="x", nbins=6)
         lines = parts.get("growth", [])
         for what in dict.fromkeys(r["what"] for r in lines):
-            row[4].loglog(*zip(*[(r["length"], r["ms"]) for r in lines if r["what"] == what]), "o-", markersize=3, label=what)
+            points = [(r["length"], r["ms"]) for r in lines if r["what"] == what]
+            row[4].loglog(*zip(*points), "o-", markersize=3, label=what)
         row[4].set_title(f"{name}: ms of the transform against n", fontsize=9)
         row[4].tick_params(labelsize=7)
         row[4].legend(fontsize=7)
@@ -413,7 +455,7 @@ def main():
         print(f"\n{part} on {key}\n{table(rows)}\n{figures}", flush=True)
         entry["parts"][part] = rows
         entry["figures"].update(figures)
-        entry["provenance"][part] = provenance(args, device, time.time() - start)
+        entry["provenance"][part] = provenance(vars(args), device, time.time() - start)
         write_json(path, report)                                             # after each part: a kill loses one
     chart(report, HERE / "bench.png")
 

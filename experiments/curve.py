@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import run_cli, write_json  # noqa: E402
+from plumbing.runs import run_cli, write_json  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 RUNS = HERE.parent / "runs"
@@ -24,21 +24,23 @@ def collect():
             report["teacher"] = scores
             continue
         run = json.loads((HERE.parent / path).with_name("metrics.json").read_text())
-        rows.append({**{key: run["settings"][key] for key in ("rotation", "order", "steps")}, "eps_error": run["eps_error"], **scores})
+        settings = {key: run["settings"][key] for key in ("rotation", "order", "steps")}
+        rows.append({**settings, "eps_error": run["eps_error"], **scores})
     return {"rows": rows, **report}
 
 
 def plot(report, path):
-    """C-FID and C-IS against updates: lines for the pool, crosses for the paper's order, dashes for the float model."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    """C-FID and C-IS against updates: lines for mixed steps, crosses for the paper's order, dashes for the teacher."""
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(9, 3.4), layout="constrained")
+    axes = fig.subplots(1, 2)
     for ax, key, title in zip(axes, ("c_fid", "c_is"), ("C-FID (lower is better)", "C-IS (higher is better)")):
         for rotation, colour in COLOURS.items():
-            for order, style in (("pool", "o-"), ("trajectory", "x")):
-                points = sorted((r["steps"], r[key]) for r in report["rows"] if (r["rotation"], r["order"]) == (rotation, order))
-                ax.plot(*zip(*points), style, color=colour, label=rotation if order == "pool" else None, markersize=5 if order == "pool" else 9)
+            for order, style, size in (("mixed", "o-", 5), ("trajectory", "x", 9)):
+                rows = [r for r in report["rows"] if (r["rotation"], r["order"]) == (rotation, order)]
+                points = sorted((r["steps"], r[key]) for r in rows)
+                label = rotation if order == "mixed" else None
+                ax.plot(*zip(*points), style, color=colour, markersize=size, label=label)
         ax.plot([], [], "x", color="0.3", markersize=9, label="the paper's order")
         ax.axhline(report["teacher"][key], color="0.4", linestyle="--", linewidth=1, label="float")
         ax.set(xscale="log", xlabel="updates", title=title, yscale="log" if key == "c_fid" else "linear")
@@ -55,7 +57,8 @@ def main():
     write_json(HERE / "curve.json", report)
     plot(report, HERE / "curve.png")
     for r in sorted(report["rows"], key=lambda r: (r["order"], r["steps"])):
-        print(f"{r['order']:10s} {r['steps']:5d} {r['rotation']:6s} C-FID {r['c_fid']:6.1f}  C-IS {r['c_is']:.2f}  eps error {r['eps_error']:.5f}")
+        print(f"{r['order']:10s} {r['steps']:5d} {r['rotation']:6s} C-FID {r['c_fid']:6.1f}  C-IS {r['c_is']:.2f}  "
+              f"eps error {r['eps_error']:.5f}")
 
 
 if __name__ == "__main__":

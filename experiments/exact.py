@@ -2,9 +2,9 @@
 
     python experiments/exact.py CKPT ... -n 100 --out FILE.json      # every count should be 0
 
-Accumulators: at three DDIM steps every layer's input of a real trajectory goes through four routes (fake, integer
-view A, integer view B, and on the CPU int64); all sums are compared. Pictures: whole trajectories drawn three times,
-compared as uint8.
+Accumulators: at three DDIM steps every layer's input of a real trajectory is multiplied four times: as the
+fake-quantized layer does it, in integers in views A and B, and, as the judge, in float64, whose sums are exact below
+2^53 on any device. All are compared with the first. Pictures: whole trajectories drawn three times, compared as uint8.
 """
 import argparse
 import json
@@ -16,24 +16,40 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import hqdm  # noqa: E402
-from sample import check_out, draw, load_model, noise_and_labels, pick_device, positive, provenance, run_cli, write_json  # noqa: E402
+from plumbing.runs import check_out, pick_device, positive, provenance, run_cli, write_json  # noqa: E402
+from sample import draw, load_model, noise_and_labels  # noqa: E402
 from unet import ddim  # noqa: E402
+
+ROUTES = ["view A", "view B", "float64"]             # what is compared with the fake-quantized sums
+
+
+def sums(layer, x, route):
+    """A layer's sums before the scales, (B, .., C_out), of its input x (B, .., C_in): "fake", or one of ROUTES."""
+    layer.integer, layer.view = "view" in route, route[-1] if "view" in route else "B"
+    with hqdm.full_float32(x.device):
+        q_x, _ = layer.activations(x.float(), layer.dtype)
+        q_w, _ = layer.operand()
+        if route == "view A":
+            q_x = hqdm.walsh(q_x, -1, layer.k, dtype=hqdm.narrow(layer.k * layer.activations.q_max))
+        if route == "float64":
+            q_w = q_w.double()                       # and q_x follows
+        acc = (layer.multiply_int if layer.integer else layer.multiply)(q_x, q_w)
+    layer.integer = False
+    return acc
 
 
 @torch.no_grad()
-def compare_accumulators(model, n, steps):
-    """(comparisons of a sum, how many differ, largest |sum|) over all layers, at the first, a middle and the last step."""
+def compare_sums(model, n, steps):
+    """(comparisons of a sum, how many differ, largest |sum|), all layers, at the first, a middle and the last step."""
     compared = differ = largest = 0
 
-    def look(layer, args):
+    def look(layer, args):                           # the DDIM step is known: hooks run inside the network's call
         nonlocal compared, differ, largest
-        q_x, _ = layer.quantize_input(args[0])
-        fake = layer.accumulator(q_x, layer.operand()[0])
-        routes = [("A", "int8"), ("B", "int8")] + [("A", "int64")] * (fake.device.type == "cpu")
-        for view, route in routes:
-            acc = layer.integer_accumulator(q_x, view, route)
-            differ += int((acc.float() != fake).sum())
-            compared += acc.numel()
+        x = layer.channels_last(args[0])
+        fake = sums(layer, x, "fake")
+        for route in ROUTES:
+            differ += int((sums(layer, x, route).float() != fake).sum())
+            compared += fake.numel()
         largest = max(largest, int(fake.abs().max()))
 
     device = next(model.parameters()).device
@@ -60,7 +76,7 @@ def main():
     device, start, rows = pick_device(args.device), time.time(), {}
     for path in args.checkpoints:
         model = load_model(path, device)
-        compared, differ, largest = compare_accumulators(model, 2, args.steps)
+        compared, differ, largest = compare_sums(model, 2, args.steps)
         row = {"sums": compared, "sums_that_differ": differ, "largest_sum": largest, "pictures": args.n}
         began = time.time()
         fake, _ = draw(model, args.n, args.steps)
@@ -74,8 +90,8 @@ def main():
         rows[path] = row
         print(path, json.dumps(row), flush=True)
     if args.out:
-        report = {"checkpoints": rows, **provenance(args, device, time.time() - start)}
-        write_json(args.out, report)
+        write_json(args.out, {"checkpoints": rows, "routes": ROUTES,
+                              **provenance(vars(args), device, time.time() - start)})
 
 
 if __name__ == "__main__":

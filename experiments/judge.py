@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import Judge, check_out, judge_images, pick_device, positive, provenance, run_cli, save_checkpoint, write_json  # noqa: E402
-from train import autocast, load_cifar10  # noqa: E402
-
-HERE = Path(__file__).resolve().parent
+from plumbing.runs import (autocast, check_out, pick_device, positive, provenance, run_cli,  # noqa: E402
+                           save_checkpoint, write_json)
+from sample import Judge, judge_images  # noqa: E402
+from train import load_cifar10  # noqa: E402
 
 
 def augment(images, pad=4, hole=8):
@@ -32,7 +32,7 @@ def augment(images, pad=4, hole=8):
     cols = torch.arange(w, device=device) + torch.randint(2 * pad + 1, (B, 1), device=device)        # (B, w)
     cols = torch.where(torch.rand(B, 1, device=device) < 0.5, cols, cols.flip(1))
     b = torch.arange(B, device=device)[:, None, None]
-    out = padded.permute(0, 2, 3, 1)[b, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)       # (B, 3, h, w)
+    out = padded.permute(0, 2, 3, 1)[b, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)      # (B, 3, h, w)
     top, left = torch.randint(h - hole + 1, (2, B, 1), device=device)
     in_rows = (torch.arange(h, device=device) >= top) & (torch.arange(h, device=device) < top + hole)
     in_cols = (torch.arange(w, device=device) >= left) & (torch.arange(w, device=device) < left + hole)
@@ -46,7 +46,7 @@ def main():
     parser.add_argument("--batch", type=positive, default=512)
     parser.add_argument("--lr", type=float, default=0.4, help="peak learning rate at batch 512 (0.4)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="runs/judge/model.pt", help="checkpoint; a .json with its accuracy goes beside it")
+    parser.add_argument("--out", default="runs/judge/model.pt", help="checkpoint; its accuracy: a .json beside it")
     parser.add_argument("--device")
     args = parser.parse_args()
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
@@ -97,8 +97,9 @@ def main():
     state["mean"], state["cov"] = features.mean(0).float(), features.T.cov().float()
     state = {k: v.cpu() for k, v in state.items()}
     save_checkpoint(args.out, kind="judge", model=state, test_accuracy=accuracy)
-    result = {"test_accuracy": accuracy, "n": len(test_labels), "parameters": sum(p.numel() for p in judge.parameters()),
-              **provenance(args, device, time.time() - start)}
+    result = {"test_accuracy": accuracy, "n": len(test_labels),
+              "parameters": sum(p.numel() for p in judge.parameters()),
+              **provenance(vars(args), device, time.time() - start)}
     write_json(Path(args.out).with_suffix(".json"), result)
     print(json.dumps(result), flush=True)
 

@@ -4,8 +4,9 @@
     python experiments/options.py --data data --rows plain linear   # some; the others keep what the file has
 
 Short runs answer short questions: they favour small dropout, for one, because a million images is too few to overfit.
-The rows plain, lr / 2, lr * 2 and linear drew from another average of the weights, with a fixed decay of 1 - 8 / updates:
-with it "dropout 0" had C-FID 78.6 and C-IS 6.24 instead of what the file has. One run a row; less than two C-FID says little.
+The rows plain, lr / 2, lr * 2 and linear drew from another average of the weights, with a fixed decay of
+1 - 8 / updates: with it "dropout 0" had C-FID 78.6 and C-IS 6.24 instead of what the file has. One run a row; less
+than two C-FID says little.
 """
 import argparse
 import copy
@@ -20,12 +21,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
-from sample import check_out, draw, pick_device, positive, provenance, run_cli, score, write_json  # noqa: E402
-from unet import UNet  # noqa: E402
+from plumbing.runs import adamw, check_out, pick_device, positive, provenance, run_cli, write_json  # noqa: E402
+from sample import draw, score  # noqa: E402
+from unet import UNet, ddpm_loss  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 PLAIN = dict(batch=512, lr=8e-4, shape="cosine", dropout=0.1, loss="ddpm")
-ROWS = {"plain": {}, "lr / 2": {"lr": 4e-4}, "lr * 2": {"lr": 1.6e-3}, "linear": {"shape": "linear"}, "dropout 0": {"dropout": 0.0},
+ROWS = {"plain": {}, "lr / 2": {"lr": 4e-4}, "lr * 2": {"lr": 1.6e-3}, "linear": {"shape": "linear"},
+        "dropout 0": {"dropout": 0.0},
         # by now without dropout, which had won: compare these with "dropout 0"
         "batch 256": {"batch": 256, "lr": 5.6e-4, "dropout": 0.0}, "min-SNR": {"loss": "min-SNR", "dropout": 0.0}}
 
@@ -37,10 +40,10 @@ def train_and_score(images, labels, steps, n, batch, lr, shape, dropout, loss):
     device, steps = images.device, steps * PLAIN["batch"] // batch
     model = UNet(dropout=dropout).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = train.adamw([{"params": list(model.parameters()), "base_lr": lr}], device)
+    optimizer = adamw([{"params": list(model.parameters()), "lr": lr}], device)
     start = time.time()
-    updates = train.teacher_updates(model, ema, optimizer, images, labels, steps, batch, seed=0, shape=shape,
-                                    loss=functools.partial(train.ddpm_loss, gamma={"ddpm": math.inf, "min-SNR": 5.0}[loss]))
+    loss = functools.partial(ddpm_loss, gamma={"ddpm": math.inf, "min-SNR": 5.0}[loss])
+    updates = train.teacher_updates(model, ema, optimizer, images, labels, steps, batch, seed=0, shape=shape, loss=loss)
     losses = [pair[0] for pair in updates]
     seconds = time.time() - start
     return {**score(*draw(ema.eval(), n)), "loss": float(torch.stack(losses[-len(losses) // 10:]).mean()),
@@ -63,7 +66,7 @@ def main():
         settings = {**PLAIN, **ROWS[name]}
         row = {"settings": settings, "n": args.n, **train_and_score(images, labels, args.steps, args.n, **settings)}
         print(f"{name}: {row}", flush=True)
-        row["provenance"] = provenance(args, device, time.time() - start)
+        row["provenance"] = provenance(vars(args), device, time.time() - start)
         report = json.loads(Path(args.out).read_text()) if Path(args.out).is_file() else {"rows": {}}
         report["rows"][name] = row
         write_json(args.out, report)

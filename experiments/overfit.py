@@ -1,10 +1,11 @@
 """Does a teacher learn its images by heart? Squared error of its noise on training and on test images -> overfit.json.
 
-    python experiments/overfit.py CKPT CKPT .. --data data      # float checkpoints, or the last.pt of a run: its average is taken
+    python experiments/overfit.py CKPT CKPT .. --data data      # float checkpoints, or a run's last.pt: its average
     python experiments/overfit.py checkpoints/teacher.pt --data data --out experiments/overfit-dropout.json
 
 All models see the same images and noise, so that their differences are known far better than their errors: `change` is
-to the first model, with its standard error. Where it is below zero on training images alone, they were learned by heart.
+to the first model, with its standard error. Where it is below zero on training images alone, they were learned by
+heart.
 """
 import argparse
 import sys
@@ -14,7 +15,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import check_out, pick_device, positive, provenance, read_checkpoint, run_cli, write_json  # noqa: E402
+from plumbing.runs import (check_out, pick_device, positive, provenance, read_checkpoint, run_cli,  # noqa: E402
+                           write_json)
 from train import load_cifar10  # noqa: E402
 from unet import T, UNet, add_noise  # noqa: E402
 
@@ -29,7 +31,8 @@ def load(path, device):
         raise ValueError(f"{path} is the state of a quantized run; a teacher's is needed")
     model = UNet(**ckpt.get("unet", {}))
     model.load_state_dict(weights)
-    return model.float().eval().to(device, memory_format=torch.channels_last), len(ckpt["losses"]) if "losses" in ckpt else None
+    updates = len(ckpt["losses"]) if "losses" in ckpt else None
+    return model.float().eval().to(device, memory_format=torch.channels_last), updates
 
 
 @torch.no_grad()
@@ -65,14 +68,15 @@ def main():
                 pick = torch.randperm(len(images), generator=g)[:args.n]
                 eps = torch.randn(len(pick), 3, 32, 32, generator=g).to(device)
                 e = errors(model, (images[pick].float() / 127.5 - 1).to(device), labels[pick].to(device), t, eps)
-                row = {"checkpoint": path, "updates": updates, "images": name, "n": len(e), "t": t, "error": float(e.mean())}
+                row = {"checkpoint": path, "updates": updates, "images": name, "n": len(e), "t": t,
+                       "error": float(e.mean())}
                 if path != args.checkpoints[0]:
                     change = e - first[name, t]
                     row.update(change=float(change.mean()), standard_error=float(change.std() / len(e) ** 0.5))
                 first.setdefault((name, t), e)
                 rows.append(row)
                 print(" ".join(f"{k} {v:.6f}" if isinstance(v, float) else f"{v}" for k, v in row.items()), flush=True)
-    write_json(args.out, {"rows": rows, **provenance(args, device, time.time() - start)})
+    write_json(args.out, {"rows": rows, **provenance(vars(args), device, time.time() - start)})
 
 
 if __name__ == "__main__":

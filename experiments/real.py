@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import check_out, load_judge, natural, pick_device, positive, provenance, run_cli, score, write_json  # noqa: E402
+from plumbing.runs import (check_out, natural, pick_device, positive, provenance, run_cli,  # noqa: E402
+                           write_json)
+from sample import load_judge, score  # noqa: E402
 from train import load_cifar10  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -35,7 +37,7 @@ def main():
         pick = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))[:args.n]
         rows[name] = {"n": len(pick), **score(images[pick], labels[pick], judge)}
         print(name, json.dumps(rows[name]), flush=True)
-    write_json(args.out, {"rows": rows, **provenance(args, device, time.time() - start)})
+    write_json(args.out, {"rows": rows, **provenance(vars(args), device, time.time() - start)})
 
 
 if __name__ == "__main__":

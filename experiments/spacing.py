@@ -1,4 +1,4 @@
-"""Would other DDIM steps draw better? The teacher's pictures with steps t = 999 u^p, u even from 1 to 0 -> spacing.json.
+"""Would other DDIM steps draw better? The teacher's pictures with t = 999 u^p, u even from 1 to 0 -> spacing.json.
 
     python experiments/spacing.py                                # p = 1 (what we use), 1.5 and 2, 50 steps each
     python experiments/spacing.py --powers 1 1.5 --steps 50 200 -n 5000 --out FILE.json
@@ -14,7 +14,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import unet  # noqa: E402
-from sample import check_out, draw, load_model, pick_device, positive, provenance, psnr, run_cli, score, write_json  # noqa: E402
+from plumbing.runs import check_out, pick_device, positive, provenance, run_cli, write_json  # noqa: E402
+from sample import CHECKPOINTS, draw, load_model, psnr, score  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 
@@ -37,7 +38,7 @@ def main():
     args = parser.parse_args()
     check_out(args.out)
     device, start, rows, first = pick_device(args.device), time.time(), [], None
-    model = load_model(HERE.parent / "checkpoints" / "teacher.pt", device)
+    model = load_model(CHECKPOINTS / "teacher.pt", device)
     for steps in args.steps:
         for power in args.powers:
             unet.ddim_timesteps = spaced(power)
@@ -46,7 +47,7 @@ def main():
             rows.append({"power": power, "steps": steps, "last_times": spaced(power)(steps)[-5:].tolist(),
                          **score(pictures, labels), "psnr_to_first": psnr(pictures, first)})
             print(rows[-1], flush=True)
-    write_json(args.out, {"rows": rows, **provenance(args, device, time.time() - start)})
+    write_json(args.out, {"rows": rows, **provenance(vars(args), device, time.time() - start)})
 
 
 if __name__ == "__main__":
