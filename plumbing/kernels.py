@@ -54,7 +54,7 @@ def route(x):
 
 def on_triton(x, block=32):
     """Whether Triton takes x. A program holds R in shared memory: 16 KB at block 64; 64 KB, too much, at 128."""
-    if triton is None or not 16 <= block <= 64 or x.dtype == torch.float64:      # matrix units want 16 or more
+    if triton is None or block not in (16, 32, 64) or x.dtype == torch.float64:      # matrix units want 16 or more
         return False
     return torch.cuda.get_device_properties(x.device).major >= 8 if x.is_cuda else INTERPRETED
 
