@@ -115,6 +115,17 @@ def _matrix(n, device, dtype):
         return hadamard_matrix(n, device, dtype)
 
 
+def check_block(channels, block):
+    """Raise ValueError unless `block` is a power of two that divides `channels`; the message names what would do."""
+    if block < 1 or block & (block - 1):
+        raise ValueError(f"Hadamard block {block} is not a power of two; use 32, 16 or 8")
+    if channels % block:
+        fits = [n for n in (512, 256, 128, 64, 32, 16, 8, 4, 2) if n < block and channels % n == 0]
+        fits = [str(n) for n in fits if n >= min(8, fits[0])]    # small blocks spread little: named last of all
+        choice = f"block {' or '.join(filter(None, [', '.join(fits[:-1]), fits[-1]]))}" if fits else "rotation none"
+        raise ValueError(f"{channels} channels are not a multiple of the Hadamard block {block}; use {choice}")
+
+
 @kernel
 def walsh(x, dim=1, block=32, scale=1.0, dtype=None):
     """scale R x: the transform with entries +-1, block by block along `dim`. Integers in, exactly those integers out.
@@ -705,14 +716,3 @@ def set_integer(model, on=True, view="B"):
         raise ValueError("this model has no quantized layer to run in integers: it is a float one")
     for layer in found:
         layer.integer, layer.view = on, view
-
-
-def check_block(channels, block):
-    """Raise ValueError unless `block` is a power of two that divides `channels`; the message names what would do."""
-    if block < 1 or block & (block - 1):
-        raise ValueError(f"Hadamard block {block} is not a power of two; use 32, 16 or 8")
-    if channels % block:
-        fits = [n for n in (512, 256, 128, 64, 32, 16, 8, 4, 2) if n < block and channels % n == 0]
-        fits = [str(n) for n in fits if n >= min(8, fits[0])]    # small blocks spread little: named last of all
-        choice = f"block {' or '.join(filter(None, [', '.join(fits[:-1]), fits[-1]]))}" if fits else "rotation none"
-        raise ValueError(f"{channels} channels are not a multiple of the Hadamard block {block}; use {choice}")
