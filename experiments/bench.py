@@ -412,6 +412,8 @@ def chart(report, path):
     """Bars of four parts (the transform in its first layout), and its growth; a row for each device with `update`."""
     from matplotlib.figure import Figure
     devices = [name for name in report if "update" in report[name]["parts"]]
+    if not devices:
+        return
     fig = Figure(figsize=(20, 2.6 * len(devices)), layout="constrained")
     for row, name in zip(fig.subplots(len(devices), 5, squeeze=False), devices):
         parts = report[name]["parts"]

@@ -96,8 +96,10 @@ def test_readme_is_short_and_its_files_exist():
     sources = {name: (ROOT / f"{name}.py").read_text() for name in MODULES}
     for option in re.findall(r"`(--[a-z-]+)", README):
         assert f'"{option}"' in sources["sample"] + sources["train"], option
-    for name, module in re.findall(r"`(?:HQLayer\.)?(\w+)`(?: and `\w+`)? in `(\w+)\.py`", README):
-        assert re.search(rf"\b{name}\b", sources[module]), name
+    sent = re.findall(r"`(\w+)`(?: and `(\w+)`)? in `(\w+)\.py`", README)
+    assert len(sent) >= 2
+    for *names, module in sent:
+        assert all(re.search(rf"\b{name}\b", sources[module]) for name in names if name), names
 
 
 def test_tables_are_made_from_json():
@@ -128,6 +130,9 @@ def test_what_the_pages_say_of_the_results():
     assert half["n"] == fine["n"] and half["c_fid"] > 1.1 * fine["c_fid"]                        # 50 steps miss their goal
     even, *closer = table.read("spacing.json")["rows"]
     assert even["power"] == 1 and all(even["c_fid"] - (half["c_fid"] - fine["c_fid"]) < r["c_fid"] < even["c_fid"] for r in closer)
+    run = table.read("w4a3-single-cpu.json")                                 # the goal of half is missed, because of t = 0
+    assert 1 < run["eps_error_untrained"] / run["eps_error"] < 2 and run["eps_errors_untrained"][-1] > 4 * sum(
+        run["eps_errors_untrained"][:-1])
     for name in score.keys() - {"teacher"}:                                  # the eps error is mostly the last step's
         _, after, _ = table.eps_errors(name)
         assert after[-1] == max(after) > 0.4 * sum(after)
