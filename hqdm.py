@@ -55,7 +55,6 @@ before it is rounded; a scale s_w for each output channel; one activation scale 
     t, S      timesteps     (S,)                       DDIM times with a scale; a sample takes the nearest to its t
 """
 import contextlib
-import functools
 import math
 import threading
 from typing import NamedTuple
@@ -66,17 +65,10 @@ import torch.nn.functional as F
 from einops import rearrange
 
 try:
-    from plumbing.kernels import Kept, full_float32, kernel
+    from plumbing.kernels import full_float32, kept, kept_while_frozen, kernel
 except ModuleNotFoundError:                          # this file alone is complete, and slower
-    def kernel(definition):
-        return definition
-
-    def full_float32(device):                        # a context without bf16, which does not keep integers
-        return torch.autocast(device.type, enabled=False)
-
-    class Kept:                                      # with plumbing: made anew only where tensors or mode have changed
-        def __call__(self, tensors, mode, make):
-            return make()
+    kernel = kept = kept_while_frozen = lambda definition: definition
+    full_float32 = lambda device: torch.autocast(device.type, enabled=False)     # noqa: E731  bf16 keeps no integers
 
 
 # ---------------------------------------------------------------- 1. the Hadamard transform
@@ -103,16 +95,10 @@ def _fwht(x):
     return torch.cat([a + b, a - b], dim=-1)
 
 
-def hadamard_matrix(n, device="cpu", dtype=torch.float32):
+@kept
+def hadamard_matrix(n, device=torch.device("cpu"), dtype=torch.float32):
     """R, (n, n), entries +-1: R R = n I. Sylvester's construction; n a power of two."""
     return _fwht(torch.eye(n, dtype=dtype, device=device))
-
-
-@functools.lru_cache
-def _matrix(n, device, dtype):
-    """The one that walsh keeps. It hands none out: who wrote to it would change every layer."""
-    with torch.inference_mode(False):                # for later calls, too, and those may need gradients
-        return hadamard_matrix(n, device, dtype)
 
 
 def check_block(channels, block):
@@ -120,9 +106,8 @@ def check_block(channels, block):
     if block < 1 or block & (block - 1):
         raise ValueError(f"Hadamard block {block} is not a power of two; use 32, 16 or 8")
     if channels % block:
-        fits = [n for n in (512, 256, 128, 64, 32, 16, 8, 4, 2) if n < block and channels % n == 0]
-        fits = [str(n) for n in fits if n >= min(8, fits[0])]    # small blocks spread little: named last of all
-        choice = f"block {' or '.join(filter(None, [', '.join(fits[:-1]), fits[-1]]))}" if fits else "rotation none"
+        fits = channels & -channels                  # the largest power of two that divides them
+        choice = f"a block of {fits} or less" if fits > 1 else "rotation none"
         raise ValueError(f"{channels} channels are not a multiple of the Hadamard block {block}; use {choice}")
 
 
@@ -137,7 +122,7 @@ def walsh(x, dim=1, block=32, scale=1.0, dtype=None):
     blocks = x.movedim(dim, -1).unflatten(-1, (-1, block))       # (.., C / k, k)
     if x.is_floating_point():
         with full_float32(x.device):                             # TF32 or bf16 would move values across grid lines
-            y = blocks @ (_matrix(block, x.device, x.dtype) * scale)     # at k = 32 faster than the recursion
+            y = blocks @ (hadamard_matrix(block, x.device, x.dtype) * scale)     # for k = 32 faster than the recursion
     else:
         y = _fwht(blocks.to(torch.int32))                        # not every device multiplies integer matrices
         y = y if scale == 1 else y * scale
@@ -325,7 +310,7 @@ class HQLayer(nn.Module):
         self.weights = WeightQuantizer(layer.weight, wbits, rotation, block, rank, packed)
         self.register_buffer("bias", torch.zeros(C_out) if layer.bias is None else layer.bias.detach().float())
         self.k = block if rotation == "single" else 1            # 1: no R in the sum; that of double is in the weights
-        self.integer, self.view, self._kept = False, "B", Kept()
+        self.integer, self.view = False, "B"
         self.bound = accumulator_bound(C_in * math.prod(size), self.activations.q_max, 2**wbits - 1, self.k)
         if self.bound >= 2**31:
             raise ValueError(f"sums at W{wbits}A{abits} could reach {self.bound:,}, past int32")
@@ -336,12 +321,8 @@ class HQLayer(nn.Module):
         with full_float32(x.device):
             q_x, s_x = self.activations(x.float(), self.dtype)               # H x on the grid of this step; its scale
             q_w, s_w = self.operand()                                        # (q_w - z) R, integers; s_w / sqrt(k)
-            if self.integer and self.view == "A" and self.k > 1:             # R left out there, and here instead
-                q_x = walsh(q_x, -1, self.k, dtype=narrow(self.k * self.activations.q_max))
-            scales = Scales(s_x, s_w, self.bias)
-            if self.integer:
-                return self.multiply_int(q_x, q_w, scales)                   # int8 products, int32 sums, the scales
-            return scale_and_bias(self.multiply(q_x, q_w), scales)           # the same integers and sums as floats
+            multiply = self.multiply_int if self.integer else self.multiply  # int8 products, or the same as floats
+            return multiply(q_x, q_w, Scales(s_x, s_w, self.bias))           # the sum of products; scales; bias
 
     @property
     def dtype(self):                                 # of q_x
@@ -353,10 +334,9 @@ class HQLayer(nn.Module):
         Of frozen weights the first is made once, and again when they change. Integers have the smallest dtype that
         holds them. Floats are float64 where sums of frozen weights could round in float32; in training, float32.
         """
-        mode = self.integer, self.view
-        q_w = self._kept(self.weights.buffers(), mode, self._operand) if self.weights.frozen else self._operand()
-        return q_w, self.weights.scale().flatten() / math.sqrt(self.k)
+        return self._operand(), self.weights.scale().flatten() / math.sqrt(self.k)
 
+    @kept_while_frozen
     def _operand(self):                              # see there
         q_w, frozen = self.weights.integers(), self.weights.frozen
         if q_w.ndim == 4:                                        # laid out as the images are
@@ -369,6 +349,17 @@ class HQLayer(nn.Module):
         # No sum, whole or partial, is larger than this. A GPU's TF32 units also want operands of 11 bits.
         largest = int(q_w.abs().flatten(1).sum(1).max()) * self.activations.q_max if frozen else 0
         return q_w.double() if largest >= 2**24 or (largest and q_w.is_cuda and q_w.abs().max() > 2**11) else q_w
+
+    def multiply(self, q_x, q_w, scales=None):
+        """The sums (B, .., C_out), integers in float32; with scales, the layer's output."""
+        acc = self.product(q_x.to(q_w.dtype), q_w).float()
+        return acc if scales is None else scale_and_bias(acc, scales)
+
+    def multiply_int(self, q_x, q_w, scales=None):
+        """The same by integer arithmetic: int32, or the output. In view A it is q_x that R turns, not the weight."""
+        if self.view == "A" and self.k > 1:
+            q_x = walsh(q_x, -1, self.k, dtype=narrow(self.k * self.activations.q_max))
+        return int_conv2d(q_x, q_w, self.stride, self.padding, scales)
 
     def freeze(self):
         """Round the weights for good and pack them; nothing is trained any more."""
@@ -398,23 +389,20 @@ class HQConv2d(HQLayer):
     def forward(self, x):
         return rearrange(super().forward(self.channels_last(x)), "B h w C -> B C h w")
 
-    def multiply(self, q_x, q_w):
-        q_x = rearrange(q_x, "B h w C -> B C h w").to(q_w.dtype)
-        return rearrange(F.conv2d(q_x, q_w, stride=self.stride, padding=self.padding), "B C h w -> B h w C").float()
-
-    def multiply_int(self, q_x, q_w, scales=None):
-        return int_conv2d(q_x, q_w, self.stride, self.padding, scales)
+    def product(self, q_x, q_w):
+        acc = F.conv2d(rearrange(q_x, "B h w C -> B C h w"), q_w, stride=self.stride, padding=self.padding)
+        return rearrange(acc, "B C h w -> B h w C")
 
 
 class HQLinear(HQLayer):
     """A quantized nn.Linear: (B, .., C_in) -> (B, .., C_out). Arguments and errors: HQLayer."""
 
-    def multiply(self, q_x, q_w):
-        return F.linear(q_x.to(q_w.dtype), q_w).float()
+    stride, padding = 1, 0                           # a token is a pixel, the weight a filter of 1 x 1
+    product = staticmethod(F.linear)
 
     def multiply_int(self, q_x, q_w, scales=None):
-        tokens = q_x.reshape(len(q_x), math.prod(q_x.shape[1:-1]), 1, q_x.shape[-1])             # each is a pixel
-        return int_conv2d(tokens, q_w[:, :, None, None], scales=scales).view(*q_x.shape[:-1], len(q_w))
+        tokens = q_x.reshape(len(q_x), math.prod(q_x.shape[1:-1]), 1, q_x.shape[-1])
+        return super().multiply_int(tokens, q_w[:, :, None, None], scales).view(*q_x.shape[:-1], len(q_w))
 
 
 # ---------------------------------------------------------------- 4. integer arithmetic
@@ -482,11 +470,12 @@ def at(t, timesteps):
     ends with it: two threads that draw from one model do not meet; a layer called on its own, or computed once more in
     a backward pass (torch.utils.checkpoint), gets an error rather than the scale of some other call.
     """
-    _calls.steps = (*getattr(_calls, "steps", ()), one_hot(t, timesteps))
+    before = getattr(_calls, "steps", ())
+    _calls.steps = (*before, one_hot(t, timesteps))
     try:
         yield
     finally:
-        _leave()
+        _calls.steps = before
 
 
 def _enter(network, args, kwargs):                   # a network's hooks: the same around each forward
@@ -705,14 +694,8 @@ def freeze(model):
 
 
 def set_integer(model, on=True, view="B"):
-    """Let every quantized layer compute in integers (or not), in view A or B. The outputs are the same bits.
-
-    Raises ValueError for another view, and for a model without quantized layers.
-    """
-    found = layers(model)
-    if view not in ("A", "B"):
-        raise ValueError(f"view {view!r} does not exist; choose A or B")
-    if on and not found:
-        raise ValueError("this model has no quantized layer to run in integers: it is a float one")
-    for layer in found:
+    """Every quantized layer computes in integers, or not, in view A or B: same bits. ValueError where it cannot."""
+    if view not in ("A", "B") or (on and not layers(model)):
+        raise ValueError(f"integers need a quantized model and view A or B, not a float one or view {view!r}")
+    for layer in layers(model):
         layer.integer, layer.view = on, view

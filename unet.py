@@ -16,13 +16,14 @@ DDPM: Ho et al. 2020, arXiv 2006.11239. DDIM: Song et al. 2021, arXiv 2010.02502
     eps        eps             (B, 3, h, w)  noise
     abar_t     alpha_bar[t]    (T,)          how much of the image is left, 1 -> 0
 """
-import functools
 import math
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, repeat
+
+from plumbing.kernels import kept
 
 T = 1000                # diffusion times that the network was trained on (DDPM section 4)
 GROUPS = 32             # groups of every GroupNorm: 2 to 8 channels each at our widths
@@ -188,7 +189,7 @@ class UNet(nn.Module):
 
 # ---------------------------------------------------------------- the diffusion
 
-@functools.lru_cache                                 # one copy a device: moving it at each call would stall the GPU
+@kept                                                # one copy a device: moving it at each call would stall the GPU
 def alpha_bars(device="cpu"):
     """(T,) float32: prod_{i <= t} (1 - beta_i), taken in float64, with DDPM's linear betas 1e-4 .. 0.02."""
     betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)

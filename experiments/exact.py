@@ -29,8 +29,6 @@ def sums(layer, x, route):
     with hqdm.full_float32(x.device):
         q_x, _ = layer.activations(x.float(), layer.dtype)
         q_w, _ = layer.operand()
-        if route == "view A":
-            q_x = hqdm.walsh(q_x, -1, layer.k, dtype=hqdm.narrow(layer.k * layer.activations.q_max))
         if route == "float64":
             q_w = q_w.double()                       # and q_x follows
         acc = (layer.multiply_int if layer.integer else layer.multiply)(q_x, q_w)

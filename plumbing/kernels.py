@@ -9,6 +9,7 @@ import contextlib
 import functools
 import math
 import os
+import weakref
 
 import torch
 import torch.nn.functional as F
@@ -96,22 +97,43 @@ def full_float32(device):
                 torch.set_float32_matmul_precision(common)
 
 
-class Kept:
-    """make(), remembered until `mode` or one of the tensors it was made of is another, or was written to."""
-    last = None, (), None
+def kept(make):
+    """Decorator: make(*args) -> a tensor made of args alone, kept until somebody writes to it."""
+    memory = {}
 
-    def __call__(self, tensors, mode, make):
-        tensors = [(v, 0 if v.is_inference() else v._version) for v in tensors]
-        last_mode, last_tensors, result = self.last              # read once: another thread may replace it
+    @functools.wraps(make)
+    def remember(*args, **kwargs):
+        if torch.compiler.is_compiling():            # what a compiler sees is nothing to keep
+            return make(*args, **kwargs)
+        key = args, *kwargs.items()
+        if key not in memory or memory[key]._version:
+            with torch.inference_mode(False):        # for later calls, too, and those may need gradients
+                result = make(*args, **kwargs)
+            if type(result) is not torch.Tensor:     # an exporter's stand-in
+                return result
+            memory[key] = result
+        return memory[key]
+    return remember
+
+
+def kept_while_frozen(make):
+    """Decorator: make(layer), once its weights are frozen, anew only where its mode or one of its tensors changed."""
+    memory = weakref.WeakKeyDictionary()             # not the layer's own: copies and pickles begin with nothing
+
+    @functools.wraps(make)
+    def remember(layer):
+        if torch.compiler.is_compiling() or not layer.weights.frozen:
+            return make(layer)
+        mode, buffers = (layer.integer, layer.view), list(layer.weights.buffers())
+        tensors = [(v, 0 if v.is_inference() else v._version) for v in buffers]
+        last_mode, last_tensors, result = memory.get(layer, (None, (), None))
         if mode != last_mode or any(a is not b or i != j for (a, i), (b, j) in zip(tensors, last_tensors)):
-            with torch.inference_mode(False):                    # for later calls, too, and those may need gradients
-                result = make()
-            if not torch.compiler.is_compiling():                # what a compiler sees is nothing to keep
-                self.last = mode, tensors, result
+            with torch.inference_mode(False):
+                result = make(layer)
+            if type(result) is torch.Tensor:
+                memory[layer] = mode, tensors, result
         return result
-
-    def __reduce__(self):                            # copies and pickles begin with nothing
-        return Kept, ()
+    return remember
 
 
 # ---------------------------------------------------------------- integer products of int8 instructions, without Triton

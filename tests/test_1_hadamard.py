@@ -3,10 +3,12 @@ import math
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
 
 import hqdm
 from conftest import DEVICES
+from plumbing import kernels
 
 
 def dense(n):
@@ -102,9 +104,9 @@ def test_recursion_refuses_other_lengths(n):
 
 def test_block_that_does_not_divide_is_refused_with_choices():
     """No silent skip: the message names the blocks that would do."""
-    with pytest.raises(ValueError, match="48 channels are not a multiple of the Hadamard block 32; use block 16 or 8"):
+    with pytest.raises(ValueError, match="48 channels are not a multiple of the Hadamard block 32; use a block of 16 or less"):
         hqdm.hadamard(torch.zeros(1, 48, 2, 2))
-    fits = {24: "block 8$", 20: "block 4$", 6: "block 2$", 5: "rotation none$", 224: "block 32, 16 or 8$"}
+    fits = {24: "block of 8 or", 20: "block of 4 or", 6: "block of 2 or", 5: "rotation none$", 224: "block of 32 or"}
     for channels, choice in fits.items():
         with pytest.raises(ValueError, match=choice):
             hqdm.check_block(channels, 64)
@@ -123,8 +125,8 @@ def wish():
 @pytest.mark.parametrize("api", ["old", "new"])
 def test_no_tf32_inside(api, monkeypatch):
     """Whatever precision the program asks for elsewhere, H x is computed in full float32, and the wish is restored."""
-    seen, real = [], hqdm._matrix
-    monkeypatch.setattr(hqdm, "_matrix", lambda *args: seen.append(wish()) or real(*args))
+    seen, real = [], hqdm.hadamard_matrix
+    monkeypatch.setattr(hqdm, "hadamard_matrix", lambda *args: seen.append(wish()) or real(*args))
     if api == "old":
         torch.set_float32_matmul_precision("medium")
     elif hasattr(torch.backends.cuda.matmul, "fp32_precision"):
@@ -141,7 +143,7 @@ def test_no_tf32_inside(api, monkeypatch):
 
 
 def test_nobody_can_change_the_matrix():
-    """What hadamard_matrix hands out is the caller's own: writing to it changes no later transform."""
+    """Writing to what hadamard_matrix hands out changes no later transform."""
     x = torch.randn(2, 32)
     y = hqdm.hadamard(x, 1, 32)
     hqdm.hadamard_matrix(32).zero_()
@@ -155,3 +157,14 @@ def test_the_matrix_may_be_made_in_inference_mode():
     x = torch.randn(2, 256, requires_grad=True)
     hqdm.hadamard(x, 1, 256).sum().backward()
     assert x.grad.abs().sum() > 0
+
+
+def test_an_exporters_tensors_are_not_kept():
+    """The first transform of a size, and the first abar, may run on stand-ins without numbers; later calls are real."""
+    table = kernels.kept(lambda n: torch.arange(n))
+    with FakeTensorMode():
+        hqdm.hadamard(torch.randn(2, 1024), 1, 1024), table(4)
+    assert torch.equal(table(4), torch.arange(4)) and table(4) is table(4)
+    assert hqdm.hadamard(torch.ones(1, 1024), 1, 1024)[0, 0] == 32
+    table(4)[0] = 9
+    assert torch.equal(table(4), torch.arange(4))                # who writes to it, writes to his own

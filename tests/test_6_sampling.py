@@ -100,7 +100,7 @@ def test_every_layer_is_in_the_report_and_none_is_forgotten():
 def test_a_refused_network_is_left_as_it_was():
     """Block 64 does not fit every width: layer and choices are named, the network stays float; block 16 fits, once."""
     unet = small_unet()
-    message = r"down.0.rows.0.res.conv1: 32 channels are not .* block 64; use block 32, 16 or 8"
+    message = r"down.0.rows.0.res.conv1: 32 channels are not .* block 64; use a block of 32 or less"
     with pytest.raises(ValueError, match=message):
         hqdm.quantize_network(unet, SCHEME._replace(block=64), packed=True)
     x, t, y = some_input()

@@ -762,7 +762,7 @@ def test_two_processes_share_one_batch(kind, teacher_file, tmp_path):
 @pytest.mark.parametrize("more, message", [
     (["--wbits", "1"], "argument --wbits: invalid choice"), (["--wbits", "32"], "argument --wbits: invalid choice"),
     (["--abits", "9"], "argument --abits: invalid choice"), (["--abits", "32"], "argument --abits: invalid choice"),
-    (["--block", "64"], "use block 32, 16 or 8"), (["--block", "0"], "not a positive number"),
+    (["--block", "64"], "use a block of 32 or less"), (["--block", "0"], "not a positive number"),
     (["--steps", "0"], "not a positive number"), (["--batch", "-1"], "not a positive number"),
     (["--batch", "9" * 20], "not a positive number"), (["--lr", "nan"], "not a positive number"),
     (["--ddim-steps", "1001"], "outside 1 .. 1000"), (["--rotation", "triple"], "invalid choice"),
