@@ -7,7 +7,7 @@
 # options     seven short teachers that differ in one setting each -> experiments/options.json
 # teacher     train.py -> checkpoints/teacher.pt, experiments/teacher.json, teacher-curve.*, overfit-dropout.json
 # quantized   train.py --wbits .. -> runs/NAME, two of them bundled; experiments/NAME.json
-# scores      sample.py --score, eps.py, spacing.py, exact.py, table.py (needs what quantized made)
+# scores      sample.py --score, spacing.py, exact.py, table.py (needs what quantized made)
 # pictures    two models after one update beside the trained ones -> experiments/pictures.png
 # curve       15 shorter W4A3 trainings, also in the paper's order of steps -> experiments/curve.json, curve.png
 #
@@ -62,7 +62,6 @@ scores() {
     $PYTHON sample.py checkpoints/teacher.pt checkpoints/w4a3-none.pt runs/w4a3-double/model.pt \
         checkpoints/w4a3-single.pt runs/w4a4-single/model.pt --score -n 5000 --out experiments/scores.png
     $PYTHON sample.py checkpoints/teacher.pt --steps 200 --score -n 5000 --out experiments/scores-200.png
-    $PYTHON experiments/eps.py checkpoints/w4a3-none.pt runs/w4a3-double/model.pt checkpoints/w4a3-single.pt runs/w4a4-single/model.pt
     $PYTHON experiments/spacing.py -n 5000
     for device in cuda cpu; do
         $PYTHON experiments/exact.py checkpoints/w4a3-none.pt checkpoints/w4a3-single.pt runs/w4a3-double/model.pt \

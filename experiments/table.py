@@ -7,8 +7,8 @@ scores.json, scores-200.json, scores-pool.json    sample.py --score wrote them; 
 NAME.json                                         metrics.json of the run that made the checkpoint NAME
 teacher-curve.json                                what the teacher's EMA drew on the way
 teacher-plain.json, teacher-plain-curve.json      the same of a run without dropout
-bench, curve, eps, exact-cpu, exact-cuda, options, overfit, overfit-dropout, rates, real, spacing
-                                                  what bench.py, curve.py, eps.py .. measured
+bench, curve, exact-cpu, exact-cuda, options, overfit, overfit-dropout, rates, real, spacing
+                                                  what bench.py, curve.py, exact.py .. measured
 """
 import json
 import re
@@ -29,15 +29,12 @@ def read(name):
 
 def eps_errors(name):
     """(untrained, trained, bytes) of a checkpoint: its eps errors at each step, None of a float one."""
-    if (HERE / f"{name}.json").exists():             # metrics.json of its run; else what eps.py measured afterwards
-        run = read(f"{name}.json")
-        return run.get("eps_errors_untrained"), run.get("eps_errors"), run["bytes"]
-    row = read("eps.json")["rows"][name]
-    return row["untrained_at_t"], row["trained_at_t"], row["bytes"]
+    run = read(f"{name}.json")
+    return run.get("eps_errors_untrained"), run.get("eps_errors"), run["bytes"]
 
 
 def results():
-    """Markdown: one row a checkpoint, from scores.json and eps.json; above them what real images get."""
+    """Markdown: one row a checkpoint, from scores.json and its run; above them what real images get."""
     report, real = read("scores.json"), read("real.json")["rows"]["test images"]
     lines = ["| model | C-FID | C-IS | class accuracy | PSNR dB | eps error, untrained -> trained | file MB |",
              "|---|---|---|---|---|---|---|",
@@ -72,19 +69,26 @@ def earlier():
             f"C-FID falls a little with the number of pictures).\n\n"
             f"**The eps error is mostly that of the last step**, where next to no noise is left to predict: t = 0 has "
             f"{at_0} of the sum over all steps. So many times smaller training makes it at the median step: {smaller}. "
-            f"(The metrics of each run, 64 unseen walks; none: `eps.json`, {read('eps.json')['settings']['n']} walks.)\n")
+            f"(The metrics of each run, 64 unseen walks.)\n")
 
 
 def short():
     """Text: what the short run on a CPU reaches, from w4a3-single-cpu.json, and what the goal was."""
-    run = read("w4a3-single-cpu.json")
+    run, rates = read("w4a3-single-cpu.json"), read("rates.json")
     before, after, s = run["eps_errors_untrained"], run["eps_errors"], run["settings"]
+    tried = [r for r in rates["rows"] if r["steps"] != rates["settings"]["steps"]]
+    sizes = [r for r in tried if set(r["factors"].values()) == {1}]
+    sizes = ", ".join(f"{r['batch']} x {r['steps']:,}: {r['eps_error']:.4f}" for r in sizes)
+    others = ((" and ".join(f"{k} x {v:g}" for k, v in r["factors"].items() if v != 1), r) for r in tried)
+    others = ", ".join(f"{name}: {r['eps_error']:.4f}" for name, r in others if name)
     return (f"**The short run**, `{run['command']}` on {run['hardware']} ({s['steps']} updates at batch {s['batch']}, "
             f"{s['ddim_steps']} DDIM steps, seed {s['seed']}, {run['date']}), takes {run['seconds']:.0f} s: eps error "
             f"{mean(before):.5f} untrained, {mean(after):.5f} trained, {mean(before) / mean(after):.1f} times smaller. "
             f"Our goal was half: missed, since t = 0 has {before[-1] / sum(before):.0%} of the sum, and there it falls "
             f"only from {before[-1]:.2f} to {after[-1]:.2f}. At the median step it is "
-            f"{median(b / a for b, a in zip(before, after)):.1f} times smaller.\n")
+            f"{median(b / a for b, a in zip(before, after)):.1f} times smaller. Tried on a GPU, from "
+            f"{tried[0]['eps_error_untrained']:.4f} (`rates.json`, {rates['settings']['ddim_steps']} steps), batch x updates: {sizes}; "
+            f"other rates at {s['steps']} updates: {others}.\n")
 
 
 def long_run(name):
@@ -143,6 +147,8 @@ def findings():
     run = {(r["rotation"], r["order"].replace("pool", "mixed"), r["steps"]): r for r in curve["rows"]}
     none, double, single = (next(s for path, s in report["scores"].items() if name_of(path) == n)
                             for n in ("w4a3-none", "w4a3-double", "w4a3-single"))
+    level = ", ".join(f"{name} {s['accuracy']:.1%} and {s['psnr']:.1f} dB"
+                      for name, s in {"none": none, "double": double, "single": single}.items())
     teacher = read("scores-pool.json")["scores"]["checkpoints/teacher.pt"]   # of 5,000 pictures, as with 200 steps
     fine, updates = read("scores-200.json"), (1, 30, 100, 300, 1000)
     ratios = (run["none", "mixed", n]["c_fid"] / run["single", "mixed", n]["c_fid"] for n in updates)
@@ -153,7 +159,8 @@ def findings():
     above = teacher["c_fid"] / fine["scores"]["checkpoints/teacher.pt"]["c_fid"] - 1
     short = {(r["ends"], r["factors"]["z_x"]): r for r in rates["rows"] if r["rotation"] == "none"}
     old, quick, ours = short[False, 1], short[False, 16], short[True, 1]
-    best = min(r["eps_error"] for r in rates["rows"] if r["rotation"] == "single")
+    best = min(r["eps_error"] for r in rates["rows"]
+               if r["rotation"] == "single" and all(r[k] == rates["settings"][k] for k in ("steps", "batch")))
     return (f"**When does H matter?** Most when training is short: after 1, 30, 100, 300 and 1,000 updates the "
             f"baseline's C-FID was {factors} times single's, though the eps errors, which training sees, were level at "
             f"the end ({errors}). W4A3, {curve['settings']['n']:,} pictures a point, one run each, from the stored pool "
@@ -163,7 +170,7 @@ def findings():
             f"beats none, by {1 - single['c_fid'] / none['c_fid']:.0%} in C-FID and "
             f"{single['c_is'] / none['c_is'] - 1:.1%} in C-IS, and double by "
             f"{1 - single['c_fid'] / double['c_fid']:.1%} and {single['c_is'] / double['c_is'] - 1:.1%}, one run each; "
-            f"in class accuracy and PSNR none is ahead. C-FID with {report['settings']['steps']} DDIM steps should be "
+            f"class accuracy and PSNR tell them hardly apart ({level}). C-FID with {report['settings']['steps']} DDIM steps should be "
             f"within 10% of that with {fine['settings']['steps']} and is {above:.0%} above. Steps at 999 u^p, closer "
             f"together near the picture, regain part of it: {spaced} ({spacing['settings']['n']} pictures, "
             f"`spacing.json`); the paper's are even, and so are ours.\n\n"

@@ -286,7 +286,8 @@ if triton is not None:
         """Integers x (B, h, w, C), w (outs, taps, C) -> y (pixels, outs): int32, or float32 sums * (s_x s_w) + bias.
 
         Each program sums PIXELS x OUTS outputs over taps and channels; no patches are copied. Integer units take int8:
-        wide operands (int16) are cut into x = low + 256 high, low their last byte, and the three shifts summed apart.
+        wide operands (int16) are cut into x = low + 256 high, low their last byte, signed; the three shifts are summed
+        apart.
         """
         pixel, out = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS), tl.program_id(1) * OUTS + tl.arange(0, OUTS)
         b, i, j = pixel // (h_out * w_out), pixel // w_out % h_out * stride - padding, pixel % w_out * stride - padding
@@ -304,10 +305,10 @@ if triton is not None:
             low_x, low_w = q_x.to(tl.int8), q_w.to(tl.int8)
             acc = tl.dot(low_x, low_w, acc, out_dtype=tl.int32)
             if WIDE_X:
-                high_x = ((q_x - low_x) >> 8).to(tl.int8)
+                high_x = ((q_x + 128) >> 8).to(tl.int8)
                 acc8 = tl.dot(high_x, low_w, acc8, out_dtype=tl.int32)
             if WIDE_W:
-                high_w = ((q_w - low_w) >> 8).to(tl.int8)
+                high_w = ((q_w + 128) >> 8).to(tl.int8)
                 acc8 = tl.dot(low_x, high_w, acc8, out_dtype=tl.int32)
             if WIDE_X and WIDE_W:
                 acc16 = tl.dot(high_x, high_w, acc16, out_dtype=tl.int32)

@@ -120,7 +120,8 @@ def test_what_the_pages_say_of_the_results():
     assert single["c_is"] >= 0.92 * teacher["c_is"] and len({s["n"] for s in score.values()}) == 1
     assert single["c_fid"] < 0.9 * none["c_fid"] and single["c_is"] > 1.01 * none["c_is"]        # beats none
     assert 1 < double["c_fid"] / single["c_fid"] < 1.05 and 1 < single["c_is"] / double["c_is"] < 1.01       # double a little
-    assert none["psnr"] > single["psnr"] > 0.97 * none["psnr"] and none["accuracy"] > single["accuracy"]
+    for key, least in (("psnr", 0.5), ("accuracy", 0.01)):                   # hardly apart
+        assert max(m[key] for m in (none, double, single)) - min(m[key] for m in (none, double, single)) < least
     for curve_of in ("teacher-curve.json", "teacher-plain-curve.json"):      # the lowest C-FID came well before the end
         fids = [r["c_fid"] for r in table.read(curve_of)]
         assert fids.index(min(fids)) < 0.65 * len(fids) and fids[-1] > 1.2 * min(fids)
@@ -151,7 +152,7 @@ def test_what_the_pages_say_of_earlier_runs():
     assert abs(none["eps_error"] / single["eps_error"] - 1) < 0.01                               # level after 1,000
     none, double, single = (run[r, "trajectory", 500] for r in ("none", "double", "single"))
     assert double["c_fid"] < 0.85 * none["c_fid"] and single["c_fid"] > none["c_fid"]
-    rows = table.read("rates.json")["rows"]
+    rows = [r for r in table.read("rates.json")["rows"] if (r["batch"], r["steps"]) == (8, 100)]
     rates = {r["ends"]: r for r in rows if r["rotation"] == "none" and r["factors"]["z_x"] == 1}
     assert all(rates[False][key] > 1.5 * rates[True][key] for key in ("eps_error_untrained", "eps_error"))
     assert rates[True]["eps_error"] < min(r["eps_error"] for r in rows if r["rotation"] == "single")
