@@ -65,10 +65,11 @@ import torch.nn.functional as F
 from einops import rearrange
 
 try:
-    from plumbing.kernels import full_float32, kept, kept_while_frozen, kernel
+    from plumbing.kernels import exact_or_said, full_float32, kept, kept_while_frozen, kernel
 except ModuleNotFoundError:                          # this file alone is complete, and slower
-    kernel = kept = kept_while_frozen = lambda definition: definition
+    kernel = kept = kept_while_frozen = exact_or_said = lambda definition: definition
     full_float32 = lambda device: torch.autocast(device.type, enabled=False)     # noqa: E731  bf16 keeps no integers
+torch.backends.nnpack.set_flags(False)               # on CPUs without oneDNN: Winograd's convolutions keep no integers
 
 
 # ---------------------------------------------------------------- 1. the Hadamard transform
@@ -124,6 +125,8 @@ def walsh(x, dim=1, block=32, scale=1.0, dtype=None):
         with full_float32(x.device):                             # TF32 or bf16 would move values across grid lines
             y = blocks @ (hadamard_matrix(block, x.device, x.dtype) * scale)     # for k = 32 faster than the recursion
     else:
+        if x.dtype in (torch.int32, torch.int64) and int_max(x) * block >= 2**31:
+            raise ValueError(f"R x of integers up to {int_max(x):,} could pass int32")
         y = _fwht(blocks.to(torch.int32))                        # not every device multiplies integer matrices
         y = y if scale == 1 else y * scale
     return y.flatten(-2).movedim(-1, dim).to(dtype or (x.dtype if x.is_floating_point() else torch.int32))
@@ -144,6 +147,8 @@ def hadamard(x, dim=1, block=32):
 
 def make_grid(bits, symmetric):
     """(low, high): the integers that `bits` bits hold. Symmetric drops one, so that -q is on the grid with q."""
+    if not isinstance(bits, int) or bits < 1 + symmetric:
+        raise ValueError(f"there is no {'symmetric ' * symmetric}grid of {bits} bits")
     return (-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
 
 
@@ -156,14 +161,21 @@ def round_ste(x):
     return x + (x.round() - x).detach() if x.requires_grad else x.round()
 
 
+def clamp_ste(q, low, high):
+    """clamp(q, low, high); q gets the gradient from low to high, both ends included (torch's clamp: up to 2.13)."""
+    if not q.requires_grad:
+        return q.clamp(low, high)
+    return torch.where((low <= q) & (q <= high), q, q.detach().clamp(low, high))
+
+
 def quantize(v, s, z, grid):
     """v -> clamp(round(v / s) + z, low, high) - z: integers (stored as floats) of which s times them is v, rounded.
 
-    Gradients follow from round_ste and clamp, as in LSQ (Esser et al. 2020, arXiv 1902.08153): v gets the gradient
-    inside the grid, none outside; for s * quantize(v, s, ..) the scale gets round(v/s) - v/s inside, q_max outside.
+    Gradients are those of LSQ (Esser et al. 2020, arXiv 1902.08153): v gets the gradient where round(v/s) + z is on the
+    grid, none outside; for s * quantize(v, s, ..) the scale gets round(v/s) - v/s on the grid, q_max outside.
     """
     q = round_ste(v / s)
-    return q.clamp(*grid) if z is None else (q + z).clamp(*grid) - z
+    return clamp_ste(q, *grid) if z is None else clamp_ste(q + z, *grid) - z
 
 
 @kernel
@@ -202,7 +214,7 @@ class ActivationQuantizer(nn.Module):
         self.check_calibrated()
         s, z = at_step(self.log_s_x.exp(), len(x)), None         # t is the call's: section 5
         if not self.symmetric:                       # off the grid z_x would take 0.0 with it: zero padding is exact
-            z = at_step(round_ste(self.z_x).clamp(*self.grid), len(x))
+            z = at_step(clamp_ste(round_ste(self.z_x), *self.grid), len(x))
         return rotate_and_quantize(x, s, z, self.grid, self.block, dtype), s
 
     def check_calibrated(self):
@@ -352,14 +364,18 @@ class HQLayer(nn.Module):
 
     def multiply(self, q_x, q_w, scales=None):
         """The sums (B, .., C_out), integers in float32; with scales, the layer's output."""
-        acc = self.product(q_x.to(q_w.dtype), q_w).float()
+        acc = self.sums(q_x.to(q_w.dtype), q_w).float()
         return acc if scales is None else scale_and_bias(acc, scales)
+
+    @exact_or_said
+    def sums(self, q_x, q_w):
+        return self.product(q_x, q_w)
 
     def multiply_int(self, q_x, q_w, scales=None):
         """The same by integer arithmetic: int32, or the output. In view A it is q_x that R turns, not the weight."""
         if self.view == "A" and self.k > 1:
             q_x = walsh(q_x, -1, self.k, dtype=narrow(self.k * self.activations.q_max))
-        return int_conv2d(q_x, q_w, self.stride, self.padding, scales)
+        return int_product(q_x, q_w, self.stride, self.padding, scales)
 
     def freeze(self):
         """Round the weights for good and pack them; nothing is trained any more."""
@@ -407,15 +423,29 @@ class HQLinear(HQLayer):
 
 # ---------------------------------------------------------------- 4. integer arithmetic
 
-@kernel
-def int_conv2d(q_x, q_w, stride=1, padding=0, scales=None):
+def int_conv2d(q_x, q_w, stride=1, padding=0):
     """Exact integer convolution: q_x (B, h, w, C), q_w (C_out, C, kh, kw), integers -> int32 (B, h', w', C_out).
 
-    scales: not the sums but scale_and_bias of them. Zero padding is exact: 0 is the integer of 0.0 on our grids.
-    Raises TypeError for floats, ValueError on devices that multiply no integers.
+    Zero padding is exact: 0 is the integer of 0.0 on our grids. Raises TypeError for floats; ValueError for operands
+    that do not fit each other, sums that could pass int32, and devices that multiply no integers.
     """
     if q_x.is_floating_point() or q_w.is_floating_point():
         raise TypeError("integer products take integer tensors, and one of these is float")
+    if q_x.shape[-1] != q_w.shape[1]:
+        raise ValueError(f"q_x has {q_x.shape[-1]} channels, q_w {q_w.shape[1]}")
+    if (largest := int_max(q_x) * int_max(q_w) * q_w[0].numel()) >= 2**31:
+        raise ValueError(f"sums could reach {largest:,}, past int32")
+    return int_product(q_x, q_w, stride, padding)
+
+
+def int_max(q):
+    """The largest |q|, a Python integer (int16 has no 32768). On a GPU, the host waits for it."""
+    return max(-int(q.min()), int(q.max())) if q.numel() else 0
+
+
+@kernel
+def int_product(q_x, q_w, stride=1, padding=0, scales=None):
+    """int_conv2d of operands that are known to fit; with scales, not the sums but scale_and_bias of them."""
     if q_x.device.type != "cpu":
         raise ValueError(f"integers run on the cpu, and on cuda with plumbing/kernels.py; not on {q_x.device.type}")
     (kh, kw), q_x = q_w.shape[2:], F.pad(q_x.to(torch.int32), (0, 0) + (padding,) * 4)
@@ -438,11 +468,19 @@ def accumulator_bound(taps, q_x_max, q_w_max, block=1):
 
 def narrow(largest):
     """The smallest dtype for integers -largest .. largest: int8, int16 up to 14 bits, int32."""
+    if largest >= 2**31:
+        raise ValueError(f"{largest:,} is past int32")
     return torch.int8 if largest < 2**7 else torch.int16 if largest < 2**14 else torch.int32
 
 
 def pack_weights(q, bits):
-    """Integers 0 .. 2^bits - 1, any shape -> uint8 (bytes,): two a byte up to 4 bits (low half first), else one."""
+    """Integers 0 .. 2^bits - 1, any shape -> uint8 (bytes,): two a byte up to 4 bits (low half first), else one.
+
+    Raises ValueError for other numbers than those, and for more than 8 bits.
+    """
+    low, high = make_grid(bits, symmetric=False)
+    if bits > 8 or q.numel() and (q.min() < low or q.max() > high or (q != q.round()).any()):
+        raise ValueError(f"{bits} bits pack the integers {low} .. {high} of up to 8 bits, and not all of these are some")
     q = q.flatten().to(torch.uint8)
     if bits > 4:
         return q
@@ -485,6 +523,12 @@ def _enter(network, args, kwargs):                   # a network's hooks: the sa
 
 def _leave(*_):
     _calls.steps = _calls.steps[:-1]
+
+
+def _keep_nan(network, args, y):
+    """A network's hook: integers have no NaN, so in integer mode a sample that came with one gets it here."""
+    if args and torch.is_tensor(y) and len(args[0]) == len(y) and any(layer.integer for layer in layers(network)):
+        return torch.where(args[0].isnan().flatten(1).any(1).view(-1, *[1] * (y.ndim - 1)), math.nan, y)
 
 
 def time_of(args, kwargs={}):
@@ -636,6 +680,7 @@ def quantize_network(network, scheme=Scheme(), eight_bits=None, skip=(), packed=
     meaning = [scheme.wbits, scheme.abits, ROTATIONS.index(scheme.rotation), scheme.block, *scheme.timesteps]
     network.register_buffer("hqdm_meaning", torch.tensor(meaning, device=layer.bias.device))
     network._register_load_state_dict_pre_hook(_check_meaning, with_module=True)
+    network.register_forward_hook(_keep_nan)
     if len(scheme.timesteps) > 1:
         network.register_forward_pre_hook(_enter, with_kwargs=True)
         network.register_forward_hook(_leave, always_call=True)

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import math
 import os
+import warnings
 import weakref
 
 import torch
@@ -122,10 +123,10 @@ def kept_while_frozen(make):
 
     @functools.wraps(make)
     def remember(layer):
-        if torch.compiler.is_compiling() or not layer.weights.frozen:
-            return make(layer)
         mode, buffers = (layer.integer, layer.view), list(layer.weights.buffers())
-        tensors = [(v, 0 if v.is_inference() else v._version) for v in buffers]
+        if torch.compiler.is_compiling() or not layer.weights.frozen or any(v.is_inference() for v in buffers):
+            return make(layer)                       # (tensors of inference mode do not say when they are written to)
+        tensors = [(v, v._version) for v in buffers]
         last_mode, last_tensors, result = memory.get(layer, (None, (), None))
         if mode != last_mode or any(a is not b or i != j for (a, i), (b, j) in zip(tensors, last_tensors)):
             with torch.inference_mode(False):
@@ -134,6 +135,30 @@ def kept_while_frozen(make):
                 memory[layer] = mode, tensors, result
         return result
     return remember
+
+
+def exact_or_said(sums):
+    """Decorator: a frozen layer's first sums of each shape are compared with float64; who rounds them is warned of.
+
+    Some libraries choose Winograd's convolutions, which multiply by fractions. One sample shows it.
+    """
+    seen = set()
+
+    @functools.wraps(sums)
+    def checked(layer, q_x, q_w):
+        acc = sums(layer, q_x, q_w)
+        case = q_x.device, q_x.shape, q_w.shape, q_w.dtype, layer.stride, layer.padding
+        if not layer.weights.frozen or case in seen or type(acc) is not torch.Tensor or torch.compiler.is_compiling():
+            return acc
+        if len(acc) and not (acc.is_cuda and torch.cuda.is_current_stream_capturing()):
+            seen.add(case)
+            mine, *operands = (v.detach().cpu().double() for v in (acc[:1], q_x[:1], q_w))
+            wrong = int((layer.product(*operands) != mine).sum())
+            if wrong and mine.isfinite().all():
+                warnings.warn(f"float convolutions on {q_x.device} do not add integers exactly here ({wrong} of "
+                              f"{mine.numel()} sums differ): hqdm.set_integer will give other bits", stacklevel=2)
+        return acc
+    return checked
 
 
 # ---------------------------------------------------------------- integer products of int8 instructions, without Triton
@@ -189,12 +214,12 @@ def _takes_integers(q_x, q_w, stride=1, padding=0, scales=None):
     return q_x.device.type in ("cpu", "cuda") and not q_x.is_floating_point() and not q_w.is_floating_point()
 
 
-@has_kernel("int_conv2d", _takes_integers)
-def int_conv2d(q_x, q_w, stride=1, padding=0, scales=None):
+@has_kernel("int_product", _takes_integers)
+def int_product(q_x, q_w, stride=1, padding=0, scales=None):
     (B, h, w, _), (O, _, kh, kw) = q_x.shape, q_w.shape
     h, w = (h + 2 * padding - kh) // stride + 1, (w + 2 * padding - kw) // stride + 1
     if on_triton(q_x) and {q_x.dtype, q_w.dtype} <= {torch.int8, torch.int16}:
-        return int_conv2d_triton(q_x, q_w, stride, padding, scales, B, h, w)
+        return int_product_triton(q_x, q_w, stride, padding, scales, B, h, w)
     acc = int8_product(q_x, q_w, stride, padding).view(B, h, w, O)
     return acc if scales is None else CHOSEN["scale_and_bias"](acc.float(), scales)
 
@@ -412,7 +437,7 @@ def _scale(acc, s_x, s_w, bias, *back):
     return y
 
 
-def int_conv2d_triton(q_x, q_w, stride, padding, scales, *shape):
+def int_product_triton(q_x, q_w, stride, padding, scales, *shape):
     """q_x and q_w int8 or int16 -> (*shape, O). int16 goes up to 32,639 (HQLayer's operands end at 14 bits)."""
     q_x, w = q_x.contiguous(), rearrange(q_w, "O C kh kw -> O (kh kw C)").contiguous()
     (_, h, w_in, C), (O, _, kh, kw) = q_x.shape, q_w.shape

@@ -48,6 +48,23 @@ def test_gradients_of_clipping():
     assert_close(s.grad, torch.tensor([-3.0, -1 + 0.6, 0 - 0.4, 3 - 2.8, 3.0]))
 
 
+def test_the_outermost_levels_pass_the_gradient():
+    """What rounds to an end of the grid is on it: LSQ's rule, by hand, whatever torch's own clamp makes of its ends."""
+    q = torch.tensor([-4.0, -3.0, -2.0, 3.0, 4.0], requires_grad=True)
+    hqdm.clamp_ste(q, -3, 3).sum().backward()
+    assert q.grad.tolist() == [0, 1, 1, 1, 0] and torch.equal(hqdm.clamp_ste(q, -3, 3), q.clamp(-3, 3))
+    v, z = torch.tensor([-0.6, 3.4, 4.6, 5.6]).requires_grad_(), torch.tensor(2.0, requires_grad=True)
+    hqdm.quantize(v, torch.tensor(1.0), z, (0, 7)).sum().backward()          # on the grid: round(v) + 2 in 0 .. 7
+    assert v.grad.tolist() == [1, 1, 1, 0] and z.grad.item() == -1
+
+
+def test_grids_that_do_not_exist():
+    """Bits that are no whole number, or too few for a level beside 0."""
+    for bits, symmetric in ((0, False), (1, True), (4.0, False), (-3, True)):
+        with pytest.raises(ValueError, match=f"grid of {bits} bits"):
+            hqdm.make_grid(bits, symmetric)
+
+
 @pytest.mark.parametrize("bits, symmetric, p", [(4, False, 2.4), (3, True, 2.0), (8, False, 2.4)])
 def test_scale_search_against_brute_force(bits, symmetric, p):
     """The scale kept is the best of the 80, by a plain loop in float64 over rows and candidates."""

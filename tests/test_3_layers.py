@@ -97,7 +97,7 @@ def cases(block, dtype=torch.float32):
                       (q_x, -1, block), (q_w, 1, block)],
             "rotate_and_quantize": [(x, s, None, (-3, 3), block), (x, s, z, (0, 7), 1), (x, s, None, (-7, 7), block, torch.int8)],
             "scale_and_bias": [(acc, scales)],
-            "int_conv2d": [(q_x, q_w, 1, 1), (q_x, q_w, 2, 1, scales), (q_x.to(torch.int16) * 30, q_w, 1, 0, scales),
+            "int_product": [(q_x, q_w, 1, 1), (q_x, q_w, 2, 1, scales), (q_x.to(torch.int16) * 30, q_w, 1, 0, scales),
                            (q_x, q_w.clamp(-99, 99).to(torch.int8), 1, 1), (q_x.int() * 999, q_w.long(), 1, 1)]}
 
 
@@ -133,7 +133,7 @@ def test_kernels_are_their_definitions(name, block, monkeypatch):
         fast = with_gradients(getattr(hqdm, name), args)
         with monkeypatch.context() as m:
             m.setattr(kernels, "ENABLED", False)
-            here = args if name != "int_conv2d" else on("cpu", args)         # whose definition is the CPU's
+            here = args if name != "int_product" else on("cpu", args)         # whose definition is the CPU's
             slow = with_gradients(getattr(hqdm, name).__wrapped__, here)
         for a, b in zip(fast, slow):
             assert a.dtype == b.dtype and a.shape == b.shape
@@ -146,7 +146,7 @@ def test_kernels_are_their_definitions(name, block, monkeypatch):
 def test_the_kernels_are_taken(monkeypatch, capsys):
     """Where they can run they do, said once; where they are off, or compiled, the definitions run."""
     ran = []
-    fast, takes = kernels.FAST["int_conv2d"][1], kernels.FAST["int_conv2d"][0]
+    fast, takes = kernels.FAST["int_product"][1], kernels.FAST["int_product"][0]
     monkeypatch.setitem(kernels.FAST, "probe", (takes, lambda *args: ran.append("kernel") or fast(*args)))
 
     def probe(*args):
@@ -395,6 +395,9 @@ def test_autocast_does_not_reach_the_integers():
     """Under bf16 autocast a layer gives what it gives in float32; half-precision inputs are taken as float32."""
     new, x, _ = layer()
     y = new(x)
+    for kind in [k for k in ("cpu", "mps", "xpu") if torch.amp.is_autocast_available(k)]:
+        with torch.autocast(kind, dtype=torch.bfloat16), hqdm.full_float32(torch.device(kind)):
+            assert not torch.is_autocast_enabled(kind)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(new(x), y)
     assert torch.equal(new(x.bfloat16()), new(x.bfloat16().float()))

@@ -1,4 +1,5 @@
 """Integer arithmetic: the same accumulators as the fake-quantized layer, to the last bit."""
+import copy
 import math
 import os
 import subprocess
@@ -42,7 +43,7 @@ def in_float64(layer, q_x, q_w):
 def test_int_conv2d_is_the_integer_convolution(definition, limit, size, stride, padding, device):
     """Exact for any operand, stride and padding, and for shapes that no matrix unit likes (5 -> 3 channels)."""
     q_x, q_w = torch.randint(-limit, limit + 1, (2, 6, 6, 5)), torch.randint(-255, 256, (3, 5, size, size))
-    product = hqdm.int_conv2d.__wrapped__ if definition else hqdm.int_conv2d
+    product = hqdm.int_product.__wrapped__ if definition else hqdm.int_conv2d
     if definition and device != "cpu":
         with pytest.raises(ValueError, match="run on the cpu"):
             product(q_x.to(device), q_w.to(device), stride, padding)
@@ -53,7 +54,7 @@ def test_int_conv2d_is_the_integer_convolution(definition, limit, size, stride, 
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16])
 def test_the_least_number_of_a_type(dtype, device):
     """-2^15 has no positive twin in int16, nor has -2^7 in int8: as activation and as weight it counts in full."""
     least = torch.full((3, 1, 1, 16), torch.iinfo(dtype).min, dtype=dtype)
@@ -63,9 +64,38 @@ def test_the_least_number_of_a_type(dtype, device):
         assert torch.equal(acc.cpu().long(), conv_int64(x, w, 1, 0))
 
 
-def test_floats_are_no_integers():
+def test_what_has_no_integer_product_is_refused():
+    """Floats, channels that do not fit, and numbers past int32, where 0 would come back: named, not computed."""
+    q_x, q_w = torch.ones(1, 2, 2, 8, dtype=torch.int32), torch.ones(8, 8, 1, 1, dtype=torch.int32)
     with pytest.raises(TypeError, match="integer tensors"):
-        hqdm.int_conv2d(torch.zeros(1, 2, 2, 8), torch.zeros(8, 8, 1, 1, dtype=torch.int8))
+        hqdm.int_conv2d(q_x.float(), q_w)
+    with pytest.raises(ValueError, match="q_x has 5 channels, q_w 8"):
+        hqdm.int_conv2d(q_x[..., :5], q_w)
+    assert hqdm.int_conv2d(q_x * 2**14, q_w * (2**14 - 1))[0, 0, 0, 0] == 2**17 * (2**14 - 1)
+    with pytest.raises(ValueError, match="2,147,483,648, past int32"):
+        hqdm.int_conv2d(q_x * 2**14, -q_w * 2**14)
+    with pytest.raises(ValueError, match="integers up to 268,435,456"):
+        hqdm.walsh(torch.full((1, 8), -2**28), 1, 8)
+    with pytest.raises(ValueError, match="2,147,483,648 is past int32"):
+        hqdm.narrow(2**31)
+
+
+@pytest.mark.filterwarnings("error:float convolutions")
+def test_no_library_rounds_the_sums(monkeypatch):
+    """Without oneDNN, as on a Mac, NNPACK would take over at 16 pictures; and what rounds all the same is said."""
+    torch.manual_seed(0)
+    layer, x = hqdm.HQConv2d(nn.Conv2d(64, 64, 3, padding=1), hqdm.Scheme(4, 3)), torch.randn(16, 64, 9, 9)
+    hqdm.fit_scale(layer.activations, layer.channels_last(x))
+    layer.freeze()
+    with torch.backends.mkldnn.flags(enabled=False):
+        fake = layer(x)
+        layer.integer = True
+        assert torch.equal(layer(x), fake)
+        layer.integer, real = False, layer.product
+        monkeypatch.setattr(layer, "product", lambda q_x, q_w: real(q_x, q_w) + (q_x.dtype == torch.float32))
+        layer(x)                                     # a shape that was looked at
+        with pytest.raises(UserWarning, match="do not add integers exactly"):
+            layer(x[:, :, 1:])
 
 
 def test_an_empty_batch():
@@ -171,7 +201,7 @@ def test_views_multiply_what_they_say(monkeypatch):
     x, seen = torch.randn(2, 64, 4, 4), []
     hqdm.fit_scale(layer.activations, layer.channels_last(x))
     q_x, q_w = layer.activations(layer.channels_last(x))[0], layer.weights()[0]
-    monkeypatch.setattr(hqdm, "int_conv2d", lambda a, b, *_: seen.append((a.float(), b.float())) or torch.zeros(1, 1, 1, 1))
+    monkeypatch.setattr(hqdm, "int_product", lambda a, b, *_: seen.append((a.float(), b.float())) or torch.zeros(1, 1, 1, 1))
     for layer.integer, layer.view in ((True, "A"), (True, "B")):
         layer(x)
     assert torch.equal(seen[0][0], hqdm.walsh(q_x, -1)) and torch.equal(seen[0][1], q_w)
@@ -199,7 +229,7 @@ def test_sums_too_long_are_refused():
 def test_oblong_pictures_and_filters():
     """5 x 6 x 9 numbers and 3 x 1 filters, stride 2: height and width are not mixed up."""
     q_x, q_w = torch.randint(-7, 8, (2, 6, 9, 5)), torch.randint(-9, 10, (3, 5, 3, 1))
-    for product in (hqdm.int_conv2d, hqdm.int_conv2d.__wrapped__):
+    for product in (hqdm.int_conv2d, hqdm.int_product.__wrapped__):
         assert torch.equal(product(q_x, q_w, 2, 1).long(), conv_int64(q_x, q_w, 2, 1))
 
 
@@ -232,6 +262,26 @@ def test_views_need_no_float():
     assert math.isclose(hqdm.hadamard(q_x.float(), 1, 4)[0, 0], 2.0)
 
 
+def test_what_does_not_pack_is_refused():
+    """Outside of the bits' range, between integers, or of more than a byte: no packed weight is another one."""
+    for bits, wrong in ((4, 16.0), (4, -1.0), (3, 8.0), (4, 2.5), (9, 0.0), (8, 256.0)):
+        with pytest.raises(ValueError, match=f"{bits} bits pack the integers 0"):
+            hqdm.pack_weights(torch.tensor([1.0, wrong]), bits)
+
+
+def test_a_nan_is_one_in_integers_too(unet):
+    """Integers have no NaN: a sample that came with one leaves with one in both modes, the others as they were."""
+    teacher = copy.deepcopy(unet)
+    hqdm.quantize_network(unet, hqdm.Scheme(4, 3, timesteps=(9, 0)))
+    x, t = torch.randn(2, 3, 32, 32), torch.tensor([9, 0])
+    hqdm.calibrate(unet, teacher, [(x, torch.full((2,), s)) for s in (9, 0)])
+    y = unet(x, t)
+    x[1, 0, 3, 3] = math.nan
+    for on in (False, True):
+        hqdm.set_integer(unet, on)
+        assert unet(x, t)[1].isnan().all() and torch.equal(unet(x, t)[0], y[0])
+
+
 def test_narrow_types():
     """What fits int8 is int8; what a kernel's two digits hold is int16."""
     sizes = {0: torch.int8, 127: torch.int8, 128: torch.int16, 2**14 - 1: torch.int16, 2**14: torch.int32}
@@ -254,5 +304,5 @@ def test_cpus_without_vnni():
             "for x, w in (3, 125), (3, 126), (7, 121), (63, 85), (127, 64), (127, 127), (255, 255), (96, 15), (127, 4159):\n"
             "    a, b = torch.randint(-x, x + 1, (40, 1, 1, 64)), torch.randint(-w, w + 1, (24, 64, 1, 1))\n"
             "    a[0], a[1], b[0], b[1] = x, -x, w, -w\n"
-            "    assert torch.equal(hqdm.int_conv2d(a, b), hqdm.int_conv2d.__wrapped__(a, b)), (x, w)")
+            "    assert torch.equal(hqdm.int_conv2d(a, b), hqdm.int_product.__wrapped__(a, b)), (x, w)")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}, check=True)

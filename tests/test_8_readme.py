@@ -45,7 +45,7 @@ class Net(nn.Module):
         h = h + self.token(h.movedim(1, -1)).movedim(-1, 1)
         return self.conv_out(h)
 
-assert doctest.testmod(hqdm).failed == 0 and not hasattr(hqdm.int_conv2d, "__wrapped__")
+assert doctest.testmod(hqdm).failed == 0 and not hasattr(hqdm.int_product, "__wrapped__")
 torch.manual_seed(0)
 teacher, x, times = Net(), torch.randn(6, 3, 8, 8), (999, 500, 0)
 student = copy.deepcopy(teacher)
