@@ -196,7 +196,7 @@ class ActivationQuantizer(nn.Module):
 
     Rotated values spread around 0: a symmetric grid. What SiLU puts out does not: it gets a zero point z_x, learned too
     (the baseline, EfficientDM, He et al. 2024, arXiv 2310.03270). Raises RuntimeError when used before calibrate or
-    load_state_dict gave it scales; ValueError where check_block does.
+    load_state_dict gave it scales, TypeError when cast to another dtype; ValueError where check_block does.
     """
 
     def __init__(self, channels, bits, rotation="single", block=32, steps=1):
@@ -218,7 +218,13 @@ class ActivationQuantizer(nn.Module):
         return rotate_and_quantize(x, s, z, self.grid, self.block, dtype), s
 
     def check_calibrated(self):
-        """RuntimeError while a step has no scale. Asked until it has: to look means to wait for the device."""
+        """RuntimeError while a step has no scale. Asked until it has: to look means to wait for the device.
+
+        TypeError where the network was cast: scales of half precision would be other scales, sums no integers.
+        """
+        if self.log_s_x.dtype != torch.float32:
+            raise TypeError(f"quantized layers compute in float32, not {self.log_s_x.dtype}: call network.float(); "
+                            "their inputs may have any precision")
         self.calibrated = self.calibrated or bool(self.log_s_x.isfinite().all())
         if not self.calibrated:
             raise RuntimeError("activation scales are missing: calibrate the network first, or load a state_dict")
@@ -480,7 +486,7 @@ def pack_weights(q, bits):
     """
     low, high = make_grid(bits, symmetric=False)
     if bits > 8 or q.numel() and (q.min() < low or q.max() > high or (q != q.round()).any()):
-        raise ValueError(f"{bits} bits pack the integers {low} .. {high} of up to 8 bits, and not all of these are some")
+        raise ValueError(f"{bits} bits (8 at most) pack the integers {low} .. {high}, and not all of these are some")
     q = q.flatten().to(torch.uint8)
     if bits > 4:
         return q

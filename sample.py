@@ -12,7 +12,6 @@ The scores come from a small CIFAR-10 classifier of our own (experiments/judge.p
 with each other, never with FID or IS of a paper. All noise is drawn on the CPU from --seed, image by image, so
 picture i starts from the same noise on every device, at every batch size and for every checkpoint.
 """
-import argparse
 import math
 import time
 from pathlib import Path
@@ -23,9 +22,9 @@ import torch.nn as nn
 from einops import rearrange
 
 import hqdm
-from plumbing.runs import (check_out, natural, one_line, pick_device, positive, provenance, read_checkpoint,
-                           recorded, run_cli, whole_file, write_json)
-from unet import UNet, ddim, ddim_timesteps
+from plumbing.runs import (check_out, finite, natural, new_parser, one_line, pick_device, positive, provenance,
+                           read_checkpoint, recorded, run_cli, whole_file, write_json)
+from unet import T, UNet, ddim, ddim_timesteps
 
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
@@ -40,25 +39,44 @@ def load_model(path, device="cpu", kind=("float", "quantized")):
     """
     ckpt = read_checkpoint(path, kind)
     try:
+        with torch.device("meta"):                   # sizes without memory: a parameter takes half a byte at least
+            parameters = sum(p.numel() for p in UNet(**ckpt["unet"]).parameters())
+        if parameters > 2 * sum(v.nbytes for v in ckpt["model"].values()):
+            raise ValueError(f"{parameters:,} parameters are not in its tensors")
         model = UNet(**ckpt["unet"])
         if ckpt["kind"] == "quantized":
             hqdm.quantize_network(model, hqdm.Scheme(**ckpt["scheme"]), packed=True)
         model.load_state_dict(ckpt["model"])
-        for name, v in (*model.named_parameters(), *model.named_buffers()):
-            if v.is_floating_point() and not v.isfinite().all():
-                raise ValueError(f"{name} holds values that are not finite")
+        check_values(model)
     except (RuntimeError, TypeError, KeyError, AttributeError, ValueError, ArithmeticError, IndexError) as e:
         raise ValueError(f"{path} does not fit its own configuration: {one_line(e)}") from None
     return model.float().eval().to(device, memory_format=torch.channels_last)
 
 
-def noise_and_labels(n, seed=0, classes=10, label=None):
-    """(n, 3, 32, 32) normal noise and (n,) labels on the CPU; labels go 0 1 .. 9 0 1 .. unless one is given.
+def check_values(model):
+    """ValueError, naming the tensor, where a loaded model holds what no training makes."""
+    for name, v in (*model.named_parameters(), *model.named_buffers()):
+        if v.is_floating_point() and not v.isfinite().all():
+            raise ValueError(f"{name} holds values that are not finite")
+    for name, layer in model.named_modules():
+        if isinstance(layer, hqdm.HQLayer):
+            w, s_x = layer.weights, layer.activations.log_s_x.exp()
+            q_w = hqdm.unpack_weights(w.q_w, w.bits, w.shape)
+            for what, v, good in (("s_x", s_x, s_x.isfinite() & (s_x > 0)), ("s_w", w.s_w, w.s_w > 0),
+                                  ("z_w", w.z_w, w.z_w <= w.grid[1]), ("q_w", q_w, q_w <= w.grid[1])):
+                if not good.all():
+                    raise ValueError(f"{name} has {what} = {v[~good][0].item():g}")
+    if not all(0 <= t < T for t in (model.hqdm.timesteps if hqdm.layers(model) else ())):
+        raise ValueError(f"timesteps {model.hqdm.timesteps} are not all from 0 to {T - 1}")
+
+
+def noise_and_labels(n, seed=0, classes=10, label=None, size=32):
+    """(n, 3, size, size) normal noise and (n,) labels on the CPU; labels go 0 1 .. 9 0 1 .. unless one is given.
 
     The noise of picture i does not depend on n: the generator is read picture by picture.
     """
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.stack([torch.randn(3, 32, 32, generator=generator) for _ in range(n)])
+    noise = torch.stack([torch.randn(3, size, size, generator=generator) for _ in range(n)])
     labels = torch.arange(n) % classes if label is None else torch.full((n,), label)
     return noise, labels
 
@@ -69,23 +87,30 @@ def to_uint8(x):
 
 
 def draw(model, n, steps=50, label=None, guidance=1.0, seed=0, batch=500, progress=None, rows=slice(None)):
-    """n pictures: uint8 (n, 3, 32, 32) and their labels (n,), both on the CPU. Deterministic DDIM (eta = 0).
+    """n pictures: uint8 (n, 3, size, size) and their labels (n,), both on the CPU. Deterministic DDIM (eta = 0).
 
+    The model draws in eval mode and is left in its own.
     rows: those of the n to draw, so that several processes can share them.
     progress: called after every step with how many pictures' worth of work is done. Raises FloatingPointError where a
     picture is not finite (an extreme guidance; a quantized model's integers can hide a NaN: load_model refuses those).
     """
     device = next(model.parameters()).device
-    noise, labels = (v[rows] for v in noise_and_labels(n, seed, model.classes, label))
-    pictures, net = [], recorded(model, device)
-    for x, y in zip(noise.split(batch), labels.split(batch)):
-        x = x.to(device, memory_format=torch.channels_last)
-        for i, (_, _, _, x_0) in enumerate(ddim(net, x, y.to(device), steps, guidance), start=1):
-            if progress:
-                progress(sum(map(len, pictures)) + len(x) * i / steps)
-        if not x_0.isfinite().all():
-            raise FloatingPointError(f"the pictures are not finite at --steps {steps} --guidance {guidance:g}")
-        pictures.append(to_uint8(x_0).cpu().contiguous())
+    size = getattr(model, "config", {}).get("size", 32)
+    noise, labels = (v[rows] for v in noise_and_labels(n, seed, model.classes, label, size))
+    pictures, net, modes = [], recorded(model, device), {m: m.training for m in model.modules()}
+    model.eval()                                     # without dropout
+    try:
+        for x, y in zip(noise.split(batch), labels.split(batch)):
+            x = x.to(device, memory_format=torch.channels_last)
+            for i, (_, _, _, x_0) in enumerate(ddim(net, x, y.to(device), steps, guidance), start=1):
+                if progress:
+                    progress(sum(map(len, pictures)) + len(x) * i / steps)
+            if not x_0.isfinite().all():
+                raise FloatingPointError(f"the pictures are not finite at --steps {steps} --guidance {guidance:g}")
+            pictures.append(to_uint8(x_0).cpu().contiguous())
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
     return torch.cat(pictures), labels
 
 
@@ -132,7 +157,13 @@ def load_judge(device="cpu", path=CHECKPOINTS / "judge.pt"):
 
 @torch.no_grad()
 def judge_images(judge, images, batch=500):
-    """uint8 (N, 3, 32, 32) -> log-probabilities (N, 10) and features (N, 256), float64 on the CPU."""
+    """uint8 (N, 3, 32, 32) -> log-probabilities (N, 10) and features (N, 256), float64 on the CPU.
+
+    ValueError for other images, and for a judge in training mode.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (3, 32, 32) or judge.training:
+        raise ValueError(f"the judge, in eval mode, looks at uint8 (N, 3, 32, 32), not {images.dtype} "
+                         f"{(*images.shape,)} {'in training mode' * judge.training}")
     device = next(judge.parameters()).device
     pairs = [judge(part.to(device)) for part in images.split(batch)]
     logits, features = (torch.cat(parts).cpu().double() for parts in zip(*pairs))
@@ -157,10 +188,11 @@ def score(images, labels, judge=None):
 
     images uint8 (N, 3, 32, 32), labels (N,). Returns a dict: c_fid (0 is best), c_is = exp(mean KL(p(y|x) || p(y)))
     (1 .. 10, Salimans et al. 2016, arXiv 1606.03498), accuracy: share that the judge sees as the class asked for,
-    None where no class was. Raises ValueError for fewer than two pictures, which have no covariance.
+    None where no class was (labels of 10 and more). Raises ValueError for fewer than two pictures, which have no
+    covariance, for other than a label a picture, and as judge_images does.
     """
-    if len(images) < 2:
-        raise ValueError(f"{len(images)} picture has no scores; they need two or more")
+    if len(images) < 2 or labels.shape != (len(images),):
+        raise ValueError(f"{len(images)} pictures and {(*labels.shape,)} labels have no scores: two or more, one each")
     judge = judge or load_judge()
     logp, features = judge_images(judge, images)
     p = logp.exp()
@@ -174,6 +206,9 @@ def score(images, labels, judge=None):
 
 def psnr(images, reference):
     """Mean over the pictures of 10 log10(255^2 / mse), in dB; equal pictures count 99 dB, so that a mean exists."""
+    if images.shape != reference.shape or {images.dtype, reference.dtype} != {torch.uint8}:
+        raise ValueError(f"no PSNR between {images.dtype} {(*images.shape,)} and {reference.dtype} "
+                         f"{(*reference.shape,)}: both must be uint8, of one shape")
     mse = (images.double() - reference.double()).square().mean(dim=(1, 2, 3))
     return float((10 * torch.log10(255**2 / mse)).clamp(max=99).mean())
 
@@ -181,15 +216,16 @@ def psnr(images, reference):
 # ---------------------------------------------------------------- pictures of pictures, and files for other tools
 
 def save_grids(path, grids, columns=16, zoom=2):
-    """A titled block of pictures per entry of grids ({title: uint8 (n, 3, 32, 32)}) in one PNG, every pixel kept."""
+    """A titled block of pictures per entry of grids ({title: uint8 (n, 3, h, h)}) in one PNG, every pixel kept."""
     from matplotlib.figure import Figure             # not pyplot, whose backend is everybody's
     columns = min(columns, max(map(len, grids.values())))
     rows = math.ceil(max(map(len, grids.values())) / columns)
-    width, height, title = columns * 32 * zoom, rows * 32 * zoom, 28
+    side = next(iter(grids.values())).shape[-1]
+    width, height, title = columns * side * zoom, rows * side * zoom, 28
     total = len(grids) * (height + title)
     fig = Figure(figsize=(width / 100, total / 100), dpi=100)
     for i, (name, images) in enumerate(grids.items()):
-        blank = torch.full((rows * columns - len(images), 3, 32, 32), 255, dtype=torch.uint8)
+        blank = torch.full((rows * columns - len(images), 3, side, side), 255, dtype=torch.uint8)
         grid = rearrange(torch.cat([images, blank]), "(r c) k h w -> (r h) (c w) k", c=columns).numpy()
         ax = fig.add_axes((0, 1 - (i + 1) * (height + title) / total, 1, height / total))
         ax.imshow(grid, interpolation="nearest", aspect="auto")
@@ -254,8 +290,8 @@ def timed_draw(name, model, args):
             said = time.time()
             left = (said - start) / done * (args.n - done)
             print(f"{name}: {done / args.n:.0%} of {args.n} pictures, {left:.0f} s left", flush=True)
-    images, labels = draw(model, args.n, args.steps, label, args.guidance, args.seed, progress=progress)
-    return images, labels, time.time() - start
+    images, labels = draw(model, args.n, args.steps, label, args.guidance, args.seed, args.batch, progress)
+    return images, labels.where(labels < model.classes, len(CLASSES)), time.time() - start   # "none" is 10 for all
 
 
 def write_files(args, drawn):
@@ -274,26 +310,30 @@ def write_files(args, drawn):
 def write_scores(args, drawn, judge, began):
     """Print the scores and write them beside --out. PSNR is to the first of drawn."""
     scores, first = {}, list(drawn.values())[0][0]
+    if args.n < 2000:
+        print(f"note: C-FID of {args.n} pictures is large by itself; compare it with that of {args.n} others only")
     print(f"{'checkpoint':24s} {'C-FID':>7s} {'C-IS':>6s} {'class acc':>9s} {'PSNR dB':>8s}")
     for path, (name, (images, labels, seconds)) in zip(args.checkpoints, drawn.items()):
         s = {**score(images, labels, judge), "psnr": psnr(images, first), "n": args.n, "seconds": round(seconds, 1)}
         accuracy = "-" if s["accuracy"] is None else f"{s['accuracy']:.3f}"
         print(f"{name[-24:]:24s} {s['c_fid']:7.3f} {s['c_is']:6.3f} {accuracy:>9s} {s['psnr']:8.2f}", flush=True)
         scores[path] = s
-    made = provenance({**vars(args), "device": str(args.device)}, args.device, time.time() - began)
+    settings = {k: v for k, v in vars(args).items() if k != "argv"}
+    made = provenance({**settings, "device": str(args.device)}, args.device, time.time() - began, args.argv)
     write_json(Path(args.out).with_suffix(".json"), {"scores": scores, **made})
 
 
 def parse(argv):
     """The command line -> its options, all checked before any work. ValueError names what is wrong with them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("checkpoints", nargs="*", metavar="CKPT", help="default: the bundled teacher and W4A3 model")
     add("-n", type=positive, help="pictures from each checkpoint (64; cpu 16)")
     add("--steps", type=positive, help="DDIM steps (what the quantized model was trained for, else 50)")
     add("--class", dest="label", help=f"one class for all: {', '.join(CLASSES)}, or none")
-    add("--guidance", type=float, default=1.0, help="classifier-free guidance; 1 is off (1)")
+    add("--guidance", type=finite, default=1.0, help="classifier-free guidance; 1 is off (1)")
     add("--seed", type=natural, default=0, help="of the noise (0)")
+    add("--batch", type=positive, default=500, help="pictures at a time (500); fewer take less memory")
     add("--integer", action="store_true", help="draw once more with int8 products, and compare the bytes")
     add("--score", action="store_true", help="print C-FID, C-IS, class accuracy, PSNR; write them beside --out")
     add("--npz", metavar="FILE", help="write the pictures of the last checkpoint and their labels")
@@ -302,7 +342,7 @@ def parse(argv):
     add("--device", help="cpu, cuda or mps (the fastest one here)")
     args = parser.parse_args(argv)
     args.checkpoints = args.checkpoints or [str(CHECKPOINTS / name) for name in ("teacher.pt", "w4a3-single.pt")]
-    args.device = pick_device(args.device)
+    args.device, args.argv = pick_device(args.device), argv
     args.n = args.n or (16 if args.device.type == "cpu" else 64)
     check(args)
     return args
@@ -312,15 +352,14 @@ def check(args):
     """ValueError for bad values, and where a file to be written is a checkpoint, another target, or somebody else's."""
     if args.label not in [None, *CLASSES, "none"]:
         raise ValueError(f"--class {args.label} does not exist; choose from {', '.join(CLASSES)}, none")
-    if not math.isfinite(args.guidance) or args.guidance < 0:
+    if args.guidance < 0:
         raise ValueError(f"--guidance {args.guidance} is not a number of 0 or more")
     if len(set(args.checkpoints)) < len(args.checkpoints):
         raise ValueError("a checkpoint is named twice")
-    if args.score and (args.n < 2 or args.out.endswith(".json")):
-        raise ValueError("--score needs -n 2 or more, and an --out that is a picture: "
-                         "the scores go to a .json beside it")
+    if args.score and args.n < 2:
+        raise ValueError("--score needs -n 2 or more")
     png = None if args.png is None else Path(args.png)
-    check_out(args.out, args.npz, args.png if png and not png.is_dir() else None)
+    check_out(args.out, ".png"), check_out(args.npz, ".npz"), check_out(args.png if png and not png.is_dir() else None)
     scores = Path(args.out).with_suffix(".json")
     if args.score and scores.exists() and (scores.is_dir() or '"scores"' not in scores.read_text()):
         raise ValueError(f"{scores} is there and holds no scores; choose another --out")

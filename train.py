@@ -14,14 +14,16 @@ HQ-DM (arXiv 2512.05746): no images. The teacher draws from noise; the quantized
 noise at each of its steps: loss = mean (eps_student - eps_teacher)^2. Trained are LoRA factors, the weights' scales and
 one activation scale per layer and DDIM step (see hqdm.py).
 """
-import argparse
 import copy
+import gzip
 import hashlib
+import http.client
 import math
 import os
-import socket
 import tarfile
 import tempfile
+import time
+import urllib.request
 import zlib
 from pathlib import Path
 
@@ -32,9 +34,9 @@ import torch.nn.functional as F
 from einops import rearrange
 
 import hqdm
-from plumbing.runs import (Run, adamw, autocast, compiled, first_alone, mean_over_processes, my_rows, natural,
-                           pick_device, plot_lines, positive, recorded, report_table, rows_of_all, run_cli, run_folder,
-                           same_start, save_checkpoint, seed_step, start_processes, updater, world)
+from plumbing.runs import (Run, adamw, autocast, compiled, finite, first_alone, mean_over_processes, my_rows, natural,
+                           new_parser, pick_device, plot_lines, positive, recorded, report_table, rows_of_all, run_cli,
+                           run_folder, same_start, save_checkpoint, seed_step, start_processes, updater, world)
 from sample import CHECKPOINTS, draw, load_judge, load_model, noise_and_labels, save_grids, score
 from unet import UNet, alpha_bars, ddim, ddim_step, ddim_timesteps, ddpm_loss
 
@@ -84,7 +86,8 @@ def load_bundled():
 def download_cifar10(dir="data", url=CIFAR10_URL):
     """Fetch, check and unpack the archive; dir/cifar-10-batches-bin appears whole or not at all.
 
-    OSError where it cannot be fetched, which find_data takes for a lack of network; ValueError where it is not whole.
+    ConnectionError where it cannot be fetched, ValueError where it is not whole, OSError where it cannot be written.
+    Of two runs that fetch at once the later one takes what the other one made.
     """
     Path(dir).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=dir) as tmp:           # on the same disk, so that the rename below is atomic
@@ -97,26 +100,38 @@ def download_cifar10(dir="data", url=CIFAR10_URL):
                     name = os.path.basename(member.name)
                     if member.isfile() and name in list(CIFAR10_MD5)[:6]:
                         (folder / name).write_bytes(tar.extractfile(member).read())
-        except (tarfile.TarError, zlib.error, EOFError, OSError) as e:
+        except (tarfile.TarError, zlib.error, EOFError, gzip.BadGzipFile) as e:
             raise ValueError(f"{url} is not a whole tar archive: {e}") from None
         try:
             load_cifar10(folder), load_cifar10(folder, test=True)            # md5 of every file
         except (OSError, ValueError) as e:
             wrong = str(e).replace(str(folder), "it")
             raise ValueError(f"{url} is not CIFAR-10 as it should be: {wrong}") from None
-        os.replace(folder, Path(dir) / folder.name)
+        try:
+            os.replace(folder, Path(dir) / folder.name)
+        except OSError:
+            if not (Path(dir) / folder.name).is_dir():
+                raise
 
 
-def fetch(url, path):
-    """url -> a file at path. OSError for whatever goes wrong: urllib, http and socket raise unrelated types."""
-    old = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(20)                                # a dead host must not hang the run
+def fetch(url, path, slowest=20_000):
+    """url -> a file at path. ConnectionError for what the network does wrong, under `slowest` bytes a second included.
+
+    What a slow host sends drop by drop never times out: so the speed since the start is watched, from half a minute on.
+    """
+    began = said = time.time()
     try:
-        torch.hub.download_url_to_file(url, str(path))
-    except Exception as e:
-        raise OSError(f"could not fetch {url}: {e}") from None
-    finally:
-        socket.setdefaulttimeout(old)
+        with urllib.request.urlopen(url, timeout=20) as reply, open(path, "wb") as f:
+            while chunk := reply.read1(2**20):
+                f.write(chunk)
+                took, done = time.time() - began, f.tell()
+                if took > 30 and done < slowest * took:
+                    raise ConnectionError(f"{done:,} bytes in {took:.0f} s")
+                if time.time() - said > 10:
+                    said = time.time()
+                    print(f"{done / 1e6:.0f} MB of {url}", flush=True)
+    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as e:
+        raise ConnectionError(f"could not fetch {url}: {e}") from None
 
 
 def find_data(data=None):
@@ -128,7 +143,7 @@ def find_data(data=None):
     try:
         download_cifar10("data", data or CIFAR10_URL)
         return load_cifar10("data")
-    except OSError as e:
+    except ConnectionError as e:                     # nothing else: a broken archive, or a full disk, is an error
         if address:
             raise
         print(f"*** {e}\n*** TRAINING ON THE 1,000 BUNDLED IMAGES INSTEAD OF 50,000: for a try, not for results. ***\n"
@@ -425,7 +440,7 @@ def plot_errors(run, scheme, before, after):
 
 def parse(argv):
     """The command line -> its options, all of them filled in. ValueError for those that do not go together."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     add = parser.add_argument_group("method (without bits: train the float teacher)").add_argument
     add("--wbits", type=int, choices=range(2, 9), metavar="2..8", help="bits of the weights")
     add("--abits", type=int, choices=range(2, 9), metavar="2..8", help="bits of the activations")
@@ -437,9 +452,9 @@ def parse(argv):
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=positive, help="updates (defaults depend on the device and are printed)")
     add("--batch", type=positive, help="images an update, of all processes together")
-    add("--lr", type=float, help="teacher: the learning rate; HQ-DM: a factor of its four rates (1)")
+    add("--lr", type=finite, help="teacher: the learning rate; HQ-DM: a factor of its four rates (1)")
     add("--seed", type=natural, default=0)
-    add("--dropout", type=float, help="teacher: share of features that a block drops, 0 to below 1 (0)")
+    add("--dropout", type=finite, help="teacher: share of features that a block drops, 0 to below 1 (0)")
     add("--score-every", type=positive, help="teacher: score 5,000 pictures every so many steps (never)")
     add = parser.add_argument_group("files and device").add_argument
     add("--teacher", help="float checkpoint to quantize (the bundled one)")
@@ -501,7 +516,7 @@ def main(argv=None):
             if not Path(args.teacher).is_file():
                 raise FileNotFoundError(f"no teacher at {args.teacher}; train one with: python train.py")
             settings["teacher_md5"] = hashlib.md5(Path(args.teacher).read_bytes()).hexdigest()   # wherever it lies
-            run = Run(out, settings, args.resume)
+            run = Run(out, settings, args.resume, argv)
             teacher = load_model(args.teacher, args.device, kind=("float",)).requires_grad_(False)
             times = tuple(ddim_timesteps(args.ddim_steps).tolist())
             scheme = hqdm.Scheme(args.wbits, args.abits, args.rotation, args.block, args.rank, times)
@@ -511,7 +526,7 @@ def main(argv=None):
             settings["images"] = n = len(images)     # a resumed run must not go on with other data
             if abs(mean_over_processes(torch.tensor(float(n), device=args.device)) - n) > 0.5:
                 raise ValueError("the processes found different data; pass --data FOLDER")
-            train_teacher(Run(out, settings, args.resume), images, labels, args.dropout, args.score_every)
+            train_teacher(Run(out, settings, args.resume, argv), images, labels, args.dropout, args.score_every)
     if dist.is_initialized():
         dist.destroy_process_group()
 

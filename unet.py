@@ -101,13 +101,17 @@ class UNet(nn.Module):
     x (B, 3, size, size) float, t (B,) int, y (B,) int or None -> (B, 3, size, size).
     Every inner width is a multiple of 32, the default Hadamard block. Dropout, which DDPM's larger network needs, did
     not help this one in short runs; the bundled teacher had 0.05 in a long one (experiments/README.md).
-    Raises ValueError where a width is not a multiple of 32.
+    Raises ValueError where a width is not a multiple of 32, or the sides do not halve evenly, and for absurd sizes.
     """
 
     def __init__(self, channels=64, mults=(1, 2, 2, 2), blocks=2, attention=(16,), classes=10, dropout=0.0, size=32):
         super().__init__()
         if channels % GROUPS:
             raise ValueError(f"channels = {channels} is not a multiple of {GROUPS}, the number of GroupNorm groups")
+        if size < 1 or size % 2 ** max(0, len(mults) - 1):
+            raise ValueError(f"size = {size} does not halve evenly {len(mults) - 1} times, once between two levels")
+        if not (1 <= len(mults) * blocks <= 100):
+            raise ValueError(f"{len(mults)} levels of {blocks} blocks are not from 1 to 100 blocks")
         # Saved in every checkpoint, so that loading needs no flags.
         self.config = dict(channels=channels, mults=tuple(mults), blocks=blocks, attention=tuple(attention),
                            classes=classes, dropout=dropout, size=size)

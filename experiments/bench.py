@@ -16,7 +16,6 @@ commands   what a user waits for
 Competitors take turns within one loop, so that a slow moment hits all of them; reported is the median and the middle
 half. Times are of warm code: compiling and the first rounds are left out.
 """
-import argparse
 import contextlib
 import copy
 import functools
@@ -36,7 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import hqdm  # noqa: E402
 import train  # noqa: E402
 from plumbing.kernels import on_triton  # noqa: E402
-from plumbing.runs import adamw, autocast, pick_device, provenance, run_cli, write_json  # noqa: E402
+from plumbing.runs import (adamw, autocast, new_parser, pick_device, provenance, run_cli,  # noqa: E402
+                           whole_file, write_json)
 from sample import CHECKPOINTS, draw, load_model  # noqa: E402
 from unet import UNet, add_noise, ddim_timesteps  # noqa: E402
 
@@ -436,11 +436,12 @@ def chart(report, path):
         row[4].set_title(f"{name}: ms of the transform against n", fontsize=9)
         row[4].tick_params(labelsize=7)
         row[4].legend(fontsize=7)
-    fig.savefig(path, dpi=110)
+    with whole_file(path) as part:
+        fig.savefig(part, dpi=110, format="png")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (all but commands)")
     parser.add_argument("--device")
     args = parser.parse_args()

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from plumbing.runs import run_cli, write_json  # noqa: E402
+from plumbing.runs import new_parser, run_cli, whole_file, write_json  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 RUNS = HERE.parent / "runs"
@@ -49,10 +49,12 @@ def plot(report, path):
     axes[0].set_yticks([t for t in ticks if low < t < high], [t for t in ticks if low < t < high])
     axes[0].minorticks_off()
     axes[1].legend(loc="lower right")
-    fig.savefig(path, dpi=110)
+    with whole_file(path) as part:
+        fig.savefig(part, dpi=110, format="png")
 
 
 def main():
+    new_parser(__doc__).parse_args()
     report = collect()
     write_json(HERE / "curve.json", report)
     plot(report, HERE / "curve.png")

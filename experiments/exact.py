@@ -6,7 +6,6 @@ Accumulators: at three DDIM steps every layer's input of a real trajectory is mu
 fake-quantized layer does it, in integers in views A and B, and, as the judge, in float64, whose sums are exact below
 2^53 on any device. All are compared with the first. Pictures: whole trajectories drawn three times, compared as uint8.
 """
-import argparse
 import json
 import sys
 import time
@@ -16,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import hqdm  # noqa: E402
-from plumbing.runs import check_out, pick_device, positive, provenance, run_cli, write_json  # noqa: E402
+from plumbing.runs import check_out, new_parser, pick_device, positive, provenance, run_cli, write_json  # noqa: E402
 from sample import draw, load_model, noise_and_labels  # noqa: E402
 from unet import ddim  # noqa: E402
 
@@ -63,14 +62,14 @@ def compare_sums(model, n, steps):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("checkpoints", nargs="+", metavar="CKPT")
     parser.add_argument("-n", type=positive, default=100, help="pictures from each checkpoint (100)")
     parser.add_argument("--steps", type=positive, default=50)
     parser.add_argument("--out", help="a JSON file for the counts; without it they are only printed")
     parser.add_argument("--device")
     args = parser.parse_args()
-    check_out(args.out)
+    check_out(args.out, ".json")
     device, start, rows = pick_device(args.device), time.time(), {}
     for path in args.checkpoints:
         model = load_model(path, device)
@@ -87,9 +86,9 @@ def main():
             row[f"pictures_that_differ_{view}"] = int((pictures != fake).flatten(1).any(1).sum())
         rows[path] = row
         print(path, json.dumps(row), flush=True)
-    if args.out:
-        write_json(args.out, {"checkpoints": rows, "routes": ROUTES,
-                              **provenance(vars(args), device, time.time() - start)})
+        if args.out:
+            write_json(args.out, {"checkpoints": rows, "routes": ROUTES,
+                                  **provenance(vars(args), device, time.time() - start)})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ The recipe is a plain one: random crops, flips and 8x8 holes, SGD with Nesterov 
 decay, bf16 autocast where the GPU has it. The bundled weights are the average of the weights over the last passes.
 The residual layout follows David Page's ResNet-9 ("How to train your ResNet", myrtle.ai, 2018); the code is ours.
 """
-import argparse
 import json
 import sys
 import time
@@ -17,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from plumbing.runs import (autocast, check_out, pick_device, positive, provenance, run_cli,  # noqa: E402
+from plumbing.runs import (autocast, check_out, finite, new_parser, pick_device, positive,  # noqa: E402
+                           provenance, run_cli,
                            save_checkpoint, write_json)
 from sample import Judge, judge_images  # noqa: E402
 from train import load_cifar10  # noqa: E402
@@ -40,17 +40,17 @@ def augment(images, pad=4, hole=8):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--data", default="data", help="folder with cifar-10-batches-bin (data)")
     parser.add_argument("--passes", type=positive, default=80, help="over the 50,000 images (80)")
     parser.add_argument("--batch", type=positive, default=512)
-    parser.add_argument("--lr", type=float, default=0.4, help="peak learning rate at batch 512 (0.4)")
+    parser.add_argument("--lr", type=finite, default=0.4, help="peak learning rate at batch 512 (0.4)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="runs/judge/model.pt", help="checkpoint; its accuracy: a .json beside it")
     parser.add_argument("--device")
     args = parser.parse_args()
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    check_out(args.out, Path(args.out).with_suffix(".json"))
+    check_out(args.out, ".pt"), check_out(Path(args.out).with_suffix(".json"))
     device, start = pick_device(args.device), time.time()
     torch.manual_seed(args.seed)
 

@@ -8,7 +8,6 @@ The rows plain, lr / 2, lr * 2 and linear drew from another average of the weigh
 1 - 8 / updates: with it "dropout 0" had C-FID 78.6 and C-IS 6.24 instead of what the file has. One run a row; less
 than two C-FID says little.
 """
-import argparse
 import copy
 import functools
 import json
@@ -21,7 +20,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
-from plumbing.runs import adamw, check_out, pick_device, positive, provenance, run_cli, write_json  # noqa: E402
+from plumbing.runs import (adamw, check_out, new_parser, pick_device, positive, provenance,  # noqa: E402
+                           run_cli, write_json)
 from sample import draw, score  # noqa: E402
 from unet import UNet, ddpm_loss  # noqa: E402
 
@@ -51,7 +51,7 @@ def train_and_score(images, labels, steps, n, batch, lr, shape, dropout, loss):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--data")
     parser.add_argument("--steps", type=positive, default=2000, help="updates of 512 images (2000)")
     parser.add_argument("-n", type=positive, default=2000, help="pictures to score (2000)")
@@ -59,7 +59,7 @@ def main():
     parser.add_argument("--out", default=str(HERE / "options.json"))
     parser.add_argument("--device")
     args = parser.parse_args()
-    check_out(args.out)
+    check_out(args.out, ".json")
     device, start = pick_device(args.device), time.time()
     images, labels = (v.to(device) for v in train.find_data(args.data))
     for name in args.rows:

@@ -7,7 +7,6 @@ All models see the same images and noise, so that their differences are known fa
 to the first model, with its standard error. Where it is below zero on training images alone, they were learned by
 heart.
 """
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -15,7 +14,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from plumbing.runs import (check_out, pick_device, positive, provenance, read_checkpoint, run_cli,  # noqa: E402
+from plumbing.runs import (check_out, new_parser, pick_device, positive, provenance,  # noqa: E402
+                           read_checkpoint, run_cli,
                            write_json)
 from train import load_cifar10  # noqa: E402
 from unet import T, UNet, add_noise  # noqa: E402
@@ -47,7 +47,7 @@ def errors(model, x_0, y, t, eps, batch=250):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("checkpoints", nargs="+", metavar="CKPT")
     parser.add_argument("--data", default="data", help="folder with CIFAR-10's .bin files (data)")
     parser.add_argument("-n", type=positive, default=2000, help="images of each set (2000)")
@@ -55,7 +55,7 @@ def main():
     parser.add_argument("--out", default=str(HERE / "overfit.json"))
     parser.add_argument("--device")
     args = parser.parse_args()
-    check_out(args.out)
+    check_out(args.out, ".json")
     if not all(0 <= t < T for t in args.times):
         raise ValueError(f"--times {args.times} are not all from 0 to {T - 1}")
     device, start, rows, first = pick_device(args.device), time.time(), [], {}
@@ -76,7 +76,7 @@ def main():
                 first.setdefault((name, t), e)
                 rows.append(row)
                 print(" ".join(f"{k} {v:.6f}" if isinstance(v, float) else f"{v}" for k, v in row.items()), flush=True)
-    write_json(args.out, {"rows": rows, **provenance(vars(args), device, time.time() - start)})
+        write_json(args.out, {"rows": rows, **provenance(vars(args), device, time.time() - start)})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ together), at several rates, for they are rounded, and one must travel half a le
 searched ones, as it is. Rows with a batch of their own look for what a CPU can do in two minutes. One seed, and 100
 updates a row unless it says otherwise: differences under 2 % mean nothing.
 """
-import argparse
 import contextlib
 import copy
 import statistics
@@ -21,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import hqdm  # noqa: E402
-from plumbing.runs import (adamw, check_out, pick_device, positive, provenance, run_cli,  # noqa: E402
+from plumbing.runs import (adamw, check_out, new_parser, pick_device, positive, provenance, run_cli,  # noqa: E402
                            write_json)
 from sample import CHECKPOINTS, load_model  # noqa: E402
 from train import (RATES, Carousel, distil, eps_errors, parameter_groups, quantized_copy,  # noqa: E402
@@ -62,14 +61,14 @@ def scaled(groups, student, factors):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--steps", type=positive, default=100)
     parser.add_argument("--batch", type=positive, default=8)
     parser.add_argument("--ddim-steps", type=positive, default=10)
     parser.add_argument("--out", help="a JSON file; without it the rows are only printed")
     parser.add_argument("--device")
     args = parser.parse_args()
-    check_out(args.out)
+    check_out(args.out, ".json")
     device, start = pick_device(args.device), time.time()
     teacher = load_model(CHECKPOINTS / "teacher.pt", device).requires_grad_(False)
     timesteps = tuple(ddim_timesteps(args.ddim_steps).tolist())
@@ -94,8 +93,8 @@ def main():
         rows.append({**row, "eps_error_untrained": statistics.fmean(before), "eps_error": statistics.fmean(after),
                      "eps_errors_untrained": before, "eps_errors": after})
         print({k: v for k, v in rows[-1].items() if "errors" not in k}, flush=True)
-    if args.out:
-        write_json(args.out, {"rates": RATES, "rows": rows, **provenance(vars(args), device, time.time() - start)})
+        if args.out:
+            write_json(args.out, {"rates": RATES, "rows": rows, **provenance(vars(args), device, time.time() - start)})
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 
 p = 2 is the quadratic choice that the DDIM paper makes for CIFAR-10 (appendix D.2): more steps near the picture.
 """
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -14,7 +13,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import unet  # noqa: E402
-from plumbing.runs import check_out, pick_device, positive, provenance, run_cli, write_json  # noqa: E402
+from plumbing.runs import (check_out, finite, new_parser, pick_device, positive, provenance,  # noqa: E402
+                           run_cli, write_json)
 from sample import CHECKPOINTS, draw, load_model, psnr, score  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -29,14 +29,14 @@ def spaced(power):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--powers", nargs="+", type=float, default=[1, 1.5, 2])
+    parser = new_parser(__doc__)
+    parser.add_argument("--powers", nargs="+", type=finite, default=[1, 1.5, 2])
     parser.add_argument("--steps", nargs="+", type=positive, default=[50])
     parser.add_argument("-n", type=positive, default=500)
     parser.add_argument("--out", default=str(HERE / "spacing.json"))
     parser.add_argument("--device")
     args = parser.parse_args()
-    check_out(args.out)
+    check_out(args.out, ".json")
     device, start, rows, first = pick_device(args.device), time.time(), [], None
     model = load_model(CHECKPOINTS / "teacher.pt", device)
     for steps in args.steps:
@@ -47,7 +47,7 @@ def main():
             rows.append({"power": power, "steps": steps, "last_times": spaced(power)(steps)[-5:].tolist(),
                          **score(pictures, labels), "psnr_to_first": psnr(pictures, first)})
             print(rows[-1], flush=True)
-    write_json(args.out, {"rows": rows, **provenance(vars(args), device, time.time() - start)})
+            write_json(args.out, {"rows": rows, **provenance(vars(args), device, time.time() - start)})
 
 
 if __name__ == "__main__":

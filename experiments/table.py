@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean as mean, median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from plumbing.runs import run_cli  # noqa: E402
+from plumbing.runs import new_parser, run_cli, whole_file  # noqa: E402
 from sample import name_of  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -28,15 +28,16 @@ def read(name):
 
 
 def eps_errors(name):
-    """(untrained, trained, bytes) of a checkpoint: its eps errors at each step, None of a float one."""
+    """(untrained, trained, bytes) of a checkpoint: its eps errors at each step, None of a float one; its tensors' size."""
     run = read(f"{name}.json")
-    return run.get("eps_errors_untrained"), run.get("eps_errors"), run["bytes"]
+    size = sum(r["bytes"] for r in run["layers"]) if "layers" in run else 2 * run["parameters"]
+    return run.get("eps_errors_untrained"), run.get("eps_errors"), size
 
 
 def results():
     """Markdown: one row a checkpoint, from scores.json and its run; above them what real images get."""
     report, real = read("scores.json"), read("real.json")["rows"]["test images"]
-    lines = ["| model | C-FID | C-IS | class accuracy | PSNR dB | eps error, untrained -> trained | file MB |",
+    lines = ["| model | C-FID | C-IS | class accuracy | PSNR dB | eps error, untrained -> trained | MB |",
              "|---|---|---|---|---|---|---|",
              f"| {real['n']:,} real test images | {real['c_fid']:.1f} | {real['c_is']:.2f} "
              f"| {real['accuracy']:.1%} | | | |"]
@@ -87,7 +88,8 @@ def short():
             f"Our goal was half: missed, since t = 0 has {before[-1] / sum(before):.0%} of the sum, and there it falls "
             f"only from {before[-1]:.2f} to {after[-1]:.2f}. At the median step it is "
             f"{median(b / a for b, a in zip(before, after)):.1f} times smaller. Tried on a GPU, from "
-            f"{tried[0]['eps_error_untrained']:.4f} (`rates.json`, {rates['settings']['ddim_steps']} steps), batch x updates: {sizes}; "
+            f"{tried[0]['eps_error_untrained']:.4f} (`rates.json`, {rates['settings']['ddim_steps']} steps), "
+            f"batch x updates: {sizes}; "
             f"other rates at {s['steps']} updates: {others}.\n")
 
 
@@ -170,8 +172,8 @@ def findings():
             f"beats none, by {1 - single['c_fid'] / none['c_fid']:.0%} in C-FID and "
             f"{single['c_is'] / none['c_is'] - 1:.1%} in C-IS, and double by "
             f"{1 - single['c_fid'] / double['c_fid']:.1%} and {single['c_is'] / double['c_is'] - 1:.1%}, one run each; "
-            f"class accuracy and PSNR tell them hardly apart ({level}). C-FID with {report['settings']['steps']} DDIM steps should be "
-            f"within 10% of that with {fine['settings']['steps']} and is {above:.0%} above. Steps at 999 u^p, closer "
+            f"class accuracy and PSNR tell them hardly apart ({level}). C-FID with "
+            f"{report['settings']['steps']} DDIM steps should be within 10% of that with {fine['settings']['steps']} and is {above:.0%} above. Steps at 999 u^p, closer "
             f"together near the picture, regain part of it: {spaced} ({spacing['settings']['n']} pictures, "
             f"`spacing.json`); the paper's are even, and so are ours.\n\n"
             f"**A baseline is worth its zero points.** On the usual grid, whose two ends only shrink together, none "
@@ -266,19 +268,23 @@ def markers(name):
 
 
 def main():
+    parser = new_parser(__doc__)
+    parser.add_argument("--write", action="store_true")
+    write = parser.parse_args().write
     for page, sections in PAGES.items():
         text = page.read_text()
         for name, make in sections.items():
             start, end = markers(name)
-            if "--write" not in sys.argv:
+            if not write:
                 print(make())
             elif start not in text or end not in text:
                 raise ValueError(f"{page} has no markers for {name}")
             else:
                 head, _, rest = text.partition(start)
                 text = head + start + make() + end + rest.partition(end)[2]
-        if "--write" in sys.argv:
-            page.write_text(text)
+        if write:
+            with whole_file(page) as part:
+                part.write_text(text)
 
 
 if __name__ == "__main__":

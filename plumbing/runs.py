@@ -2,16 +2,18 @@
 import argparse
 import contextlib
 import dataclasses
-import gzip
+import datetime
 import io
 import json
 import math
 import os
 import re
 import signal
+import stat
 import sys
 import threading
 import time
+import uuid
 import zipfile
 from pathlib import Path
 
@@ -29,21 +31,33 @@ FORMATS = {"float": 1, "judge": 1, "quantized": 2, "training": 2}
 
 @contextlib.contextmanager
 def whole_file(path):
-    """A temporary path to write to, renamed to `path` at the end (atomic on POSIX). A one-line OSError else."""
+    """A temporary path of one's own to write to, renamed to `path` at the end (atomic on POSIX).
+
+    A one-line OSError where that fails; ValueError where `path` is there and no plain file (a link, a device).
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".tmp")
+    check_out(path)
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield part
-        os.replace(part, path)
+        for wait in (0.1, 0.3, 1, 3, None):
+            try:
+                os.replace(part, path)
+                break
+            except PermissionError:                  # Windows, while a viewer or a scanner holds the file
+                if wait is None:
+                    raise
+                time.sleep(wait)
     except (RuntimeError, OSError) as e:             # a full disk, in torch's words or in the system's
-        part.unlink(missing_ok=True)
         raise OSError(f"could not write {path}: {str(e).splitlines()[0]}") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def save_checkpoint(path, **content):
-    """Write a checkpoint. What gets bundled is compressed, a tenth smaller; a run's state, written often, is not."""
-    with whole_file(path) as part, (open if content["kind"] == "training" else gzip.open)(part, "wb") as f:
+    """Write a checkpoint, which torch.load(path, weights_only=True) opens anywhere. Equal content: equal bytes."""
+    with whole_file(path) as part, open(part, "wb") as f:
         torch.save({"format": FORMATS[content["kind"]], **content}, f)
 
 
@@ -57,7 +71,6 @@ def read_checkpoint(path, kind=None):
         raise FileNotFoundError(f"no checkpoint at {path}")
     whole = Path(path).read_bytes()                  # a file that may not be read is not damaged: its OSError passes
     try:
-        whole = gzip.decompress(whole) if whole[:2] == b"\x1f\x8b" else whole
         if bad := zipfile.ZipFile(io.BytesIO(whole)).testzip():                  # torch reads past a flipped bit
             raise ValueError(f"{bad} has another checksum")
         ckpt = torch.load(io.BytesIO(whole), map_location="cpu", weights_only=True)
@@ -83,15 +96,20 @@ def write_json(path, report):
 
 
 def one_line(error):
-    """The first line of an error that says something: torch's lists begin with a heading."""
+    """The first two lines of an error: torch's lists begin with a heading."""
     return " ".join(map(str.strip, str(error).splitlines()[:2]))
 
 
-def check_out(*paths):
-    """ValueError where one of the files could not be written, to be called before the work; None is no file."""
-    for path in [p for p in paths if p is not None]:
-        if not path or not os.access(Path(path).resolve().parent, os.W_OK) or Path(path).is_dir():
-            raise ValueError(f"cannot write {path}")
+def check_out(path, suffix=""):
+    """ValueError where a file could not be written, or is not called as its kind is; before the work. None: no file."""
+    if path is None:
+        return
+    if not str(path).endswith(suffix) or not str(path):
+        raise ValueError(f"cannot write {path}: its name must end in {suffix or 'something'}")
+    if os.path.lexists(path) and not (stat.S_ISREG(os.lstat(path).st_mode) and os.access(path, os.W_OK)):
+        raise ValueError(f"cannot write {path}: it is there, and no plain file that may be written")
+    if not (folder := Path(path).absolute().parent).is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"cannot write {path}: {folder} is no folder that may be written to")
 
 
 def plot_lines(path, panels):
@@ -227,12 +245,15 @@ def start_processes(device):
     """The device; under torchrun this process's, which joins the others. Rank 0 alone prints."""
     if "RANK" not in os.environ:
         return device
+    if missing := [v for v in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if v not in os.environ]:
+        raise ValueError(f"RANK is set, as torchrun does, but not {', '.join(missing)}: use torchrun, or unset RANK")
     cuda = device.type == "cuda"
     if cuda:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None,
+                                timeout=datetime.timedelta(hours=1))         # one downloads, the others wait
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")
     return device
@@ -318,21 +339,41 @@ def run_folder(out, name, resume):
 
     A run is never written over: ValueError where `out` holds one; FileNotFoundError without one to resume.
     """
-    existed = out is not None and Path(out).is_dir()
-    folder = from_first(lambda: _open_folder(out, name, resume))
+    existed, locks = out is not None and Path(out).is_dir(), contextlib.ExitStack()
+    with locks:
+        folder = from_first(lambda: _open_folder(out, name, resume, locks))
+        try:
+            yield folder
+        finally:
+            if world()[0] == 0:
+                (folder / ".lock").unlink(missing_ok=True)
+                if not existed and folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
+
+
+def _lock(folder):
+    """A file that stays open and locked while a run works in a folder, and is free again however it ends."""
+    lock = open(folder / ".lock", "w")
     try:
-        yield folder
-    finally:
-        if world()[0] == 0 and not existed and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        import fcntl                                 # not on Windows
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise ValueError(f"{folder} is in use by another run; choose another --out") from None
+    except (ImportError, OSError):                   # a file system without locks
+        pass
+    return lock
 
 
-def _open_folder(out, name, resume):
+def _open_folder(out, name, resume, locks):
     folder = Path(out or Path("runs") / name)
     if resume:
         folder = folder if out else _latest(folder)
         if not (folder / "last.pt").is_file():
             raise FileNotFoundError(f"nothing to resume in {folder}: it has no last.pt")
+        locks.enter_context(_lock(folder))
+        for part in folder.glob("*.tmp"):            # of a save that a kill cut off
+            part.unlink()
         return folder
     if out and any((folder / f).exists() for f in FILES):
         raise ValueError(f"{folder} already holds a run: go on with --resume, or choose another --out")
@@ -346,8 +387,7 @@ def _open_folder(out, name, resume):
             except FileExistsError:
                 others = (folder.with_name(f"{name}-{i}") for i in range(2, 10_000))
                 folder = next(p for p in others if not p.exists())
-        (folder / ".write").touch()
-        (folder / ".write").unlink()
+        locks.enter_context(_lock(folder))
     except OSError as e:
         raise ValueError(f"cannot write to {folder}: {e.strerror}") from None
     return folder
@@ -366,6 +406,7 @@ class Run:
     out: Path
     settings: dict
     resume: bool = False
+    argv: list = None                                # of main(), where it was called from Python
     losses: list = dataclasses.field(default_factory=list)
     curve: list = dataclasses.field(default_factory=list)
     began: float = dataclasses.field(default_factory=time.time)
@@ -389,10 +430,14 @@ class Run:
         try:
             for name, part in parts.items():
                 part.load_state_dict(self.state[name])
+                if isinstance(part, torch.optim.Optimizer):
+                    check_optimizer(part)
             self.losses, self.curve = list(self.state["losses"]), list(self.state["curve"])
+            if not np.isfinite(self.losses).all() or len(self.losses) > self.settings["steps"]:
+                raise ValueError(f"{len(self.losses)} losses of {self.settings['steps']} steps, or some not finite")
             self.began -= float(self.state["seconds"])
         except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as e:
-            raise ValueError(f"{self.out / 'last.pt'} does not fit this run: {str(e).splitlines()[0]}") from None
+            raise ValueError(f"{self.out / 'last.pt'} does not fit this run: {one_line(e)}") from None
         self.state = None
         print(f"resumed {self.out / 'last.pt'} at step {len(self.losses)}", flush=True)
 
@@ -412,11 +457,13 @@ class Run:
         the step; the last save stays. Ctrl-C and a polite kill finish the step, save, and exit with code 130.
         """
         steps, batch, pending = self.settings["steps"], self.settings["batch"], []
-        logged = saved = time.time()
-        saved_step = len(self.losses)
+        logged, worked, saved_step = time.time(), time.process_time(), len(self.losses)
+        saved = logged
         with stop_politely() as stop:
             for i, pair in enumerate(updates, start=saved_step + 1):
                 pending.append(pair)
+                if i == saved_step + 3 and pair[0].device.type == "cpu":
+                    note_busy_cores((time.process_time() - worked) / (time.time() - logged))
                 due, stopping = agree(time.time() - saved > SAVE_SECONDS, bool(stop), i, pair[0].device)
                 due = due or stopping or i == steps
                 if due or i % LOG_STEPS == 0:
@@ -457,11 +504,20 @@ class Run:
         each = math.ceil(len(self.losses) / 10_000)
         kept = [round(float(np.mean(self.losses[i:i + each])), 6) for i in range(0, len(self.losses), each)]
         write_json(self.out / "metrics.json", {
-            **provenance(self.settings, device, self.seconds()), "processes": world()[1], **more, "curve": self.curve,
-            "updates_per_loss": each, "losses": kept if each > 1 else self.losses})
+            **provenance(self.settings, device, self.seconds(), self.argv), "processes": world()[1], **more,
+            "curve": self.curve, "updates_per_loss": each, "losses": kept if each > 1 else self.losses})
         size = os.path.getsize(self.out / "model.pt") / 1e6
         print(f"wrote {self.out}/model.pt ({size:.2f} MB), metrics.json, loss.png, samples.png; {self.seconds():.0f} s",
               flush=True)
+
+
+def check_optimizer(optimizer):
+    """ValueError where a loaded state has tensors of another shape than its parameters: a fused step would crash."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            for name, v in optimizer.state[p].items():
+                if name != "step" and (v.shape != p.shape or v.dtype != p.dtype):
+                    raise ValueError(f"the optimizer's {name} is {(*v.shape,)} where the parameter is {(*p.shape,)}")
 
 
 def agree(due, stopping, step, device):
@@ -474,12 +530,19 @@ def agree(due, stopping, step, device):
     return tuple(bool(v) for v in mean_over_processes(wishes))
 
 
+def note_busy_cores(used):
+    """Say once where other programs hold the cores: threads that wait for each other can be slower than one alone."""
+    if (threads := torch.get_num_threads()) > 1 and used < 0.6 * threads:
+        print(f"note: {used:.1f} of {threads} threads get to work; on busy cores try OMP_NUM_THREADS=1", flush=True)
+
+
 @contextlib.contextmanager
 def stop_politely():
-    """A list that Ctrl-C or a polite kill fills: looked at between steps, so that a step is never half done."""
+    """A list that Ctrl-C, a polite kill or a hang-up fills: looked at between steps, so that none is half done."""
     stop = []
     main_thread = threading.current_thread() is threading.main_thread()      # elsewhere Python refuses to set handlers
-    signals = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
+    hangup = getattr(signal, "SIGHUP", signal.SIGTERM)           # a closed ssh session; Windows has none
+    signals = (signal.SIGINT, signal.SIGTERM, hangup) if main_thread else ()
     old = {s: signal.signal(s, lambda *_: stop.append(True)) for s in signals}
     try:
         yield stop
@@ -506,6 +569,19 @@ def pick_device(name=None):
         raise ValueError(f"--device {name} is no device; choose from {', '.join(have)}") from None
 
 
+def new_parser(doc):
+    """An ArgumentParser for a program with this docstring. It guesses no option from its first letters."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                   allow_abbrev=False)
+
+
+def finite(text):
+    """argparse type: a number, neither nan nor infinite."""
+    if not math.isfinite(value := float(text)):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return value
+
+
 def positive(text):
     """argparse type: an integer from 1 up to 2^31 - 1."""
     if not text.lstrip("+-").isdigit() or not 1 <= int(text) < 2**31:
@@ -520,6 +596,10 @@ def natural(text):
     return int(text)
 
 
+# CUDA, mps, cuBLAS and cuDNN, Linux, Windows. (A GPU's has a type of its own, one of several, all RuntimeErrors.)
+NO_MEMORY = re.compile("out of memory|allocate memory|ALLOC_FAILED|not enough memory|bad_alloc|paging file", re.I)
+
+
 def run_cli(main):
     """Run a program: what the user can mend is one line on stderr and exit code 2; Ctrl-C is code 130."""
     try:
@@ -528,21 +608,34 @@ def run_cli(main):
         print("stopped", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as e:
-        # A GPU without memory has a type of its own (a RuntimeError), a CPU only says so: "can't allocate memory".
-        no_memory = isinstance(e, torch.cuda.OutOfMemoryError) or "allocate memory" in str(e)
-        if isinstance(e, RuntimeError) and not no_memory:
+        line = next(filter(str.strip, str(e).splitlines()), type(e).__name__)
+        if isinstance(e, MemoryError) or NO_MEMORY.search(str(e)):
+            line = f"out of memory, try a smaller --batch ({line})"
+        elif isinstance(e, RuntimeError):
             raise                                    # a fault of ours: with its traceback, please
-        print(f"error: {next(filter(str.strip, str(e).splitlines()), type(e).__name__)}", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
 
 
-def provenance(settings, device, seconds):
-    """What a number needs beside it to be believed: command, settings, versions, hardware, date, seconds."""
+def relative(path):
+    """A path as seen from here; as it is where there is no way, as between drives of Windows."""
+    try:
+        return os.path.relpath(path)
+    except ValueError:
+        return str(path)
+
+
+def provenance(settings, device, seconds, argv=None):
+    """What a number needs beside it to be believed: command, settings, versions, hardware, date, seconds.
+
+    argv: what main() was called with from Python, None on the command line.
+    """
     threads, processes = f"{device.type}, {torch.get_num_threads()} threads", os.environ.get("LOCAL_WORLD_SIZE")
     launcher = "python" if processes is None else f"torchrun --nproc_per_node={processes}"
-    plain = {k: os.path.relpath(v) if isinstance(v, (str, Path)) and os.path.isabs(v) else v
+    plain = {k: relative(v) if isinstance(v, (str, Path)) and os.path.isabs(v) else v
              for k, v in settings.items()}
-    return {"command": " ".join([launcher, os.path.relpath(sys.argv[0]), *sys.argv[1:]]), "settings": plain,
+    command = f"main({argv})" if argv is not None else " ".join([launcher, relative(sys.argv[0]), *sys.argv[1:]])
+    return {"command": command, "settings": plain,
             "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else threads,
             "torch": torch.__version__, "python": sys.version.split()[0],
             "date": time.strftime("%Y-%m-%d"), "seconds": round(seconds, 1)}

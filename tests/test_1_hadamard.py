@@ -125,20 +125,23 @@ def wish():
 @pytest.mark.parametrize("api", ["old", "new"])
 def test_no_tf32_inside(api, monkeypatch):
     """Whatever precision the program asks for elsewhere, H x is computed in full float32, and the wish is restored."""
-    seen, real = [], hqdm.hadamard_matrix
-    monkeypatch.setattr(hqdm, "hadamard_matrix", lambda *args: seen.append(wish()) or real(*args))
+    seen, real, changed = [], hqdm.hadamard_matrix, []
+    monkeypatch.setattr(hqdm, "hadamard_matrix", lambda *args, **kwargs: seen.append(wish()) or real(*args, **kwargs))
     if api == "old":
         torch.set_float32_matmul_precision("medium")
     elif hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         torch.backends.cuda.matmul.fp32_precision = "tf32"       # from here on torch refuses to read the old setting
-        monkeypatch.setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16")
-        monkeypatch.setattr(torch.backends.mkldnn.conv, "fp32_precision", "bf16")
+        changed = [(part, part.fp32_precision) for part in (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)]
+        for part, _ in changed:
+            part.fp32_precision = "bf16"
     before = wish()[0]
     try:
         hqdm.hadamard(torch.randn(2, 32), 1, 8)                  # a block that no kernel takes
         assert [asked == full for asked, full in seen] == [True] and wish()[0] == before
         assert api == "new" or torch.get_float32_matmul_precision() == "medium"
     finally:
+        for part, precision in changed:
+            part.fp32_precision = precision
         torch.set_float32_matmul_precision("highest")
 
 

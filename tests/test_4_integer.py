@@ -265,7 +265,7 @@ def test_views_need_no_float():
 def test_what_does_not_pack_is_refused():
     """Outside of the bits' range, between integers, or of more than a byte: no packed weight is another one."""
     for bits, wrong in ((4, 16.0), (4, -1.0), (3, 8.0), (4, 2.5), (9, 0.0), (8, 256.0)):
-        with pytest.raises(ValueError, match=f"{bits} bits pack the integers 0"):
+        with pytest.raises(ValueError, match=f"{bits} bits .8 at most. pack the integers 0"):
             hqdm.pack_weights(torch.tensor([1.0, wrong]), bits)
 
 

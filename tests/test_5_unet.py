@@ -16,8 +16,10 @@ def test_size_and_widths():
     assert 8.5e6 < sum(p.numel() for p in unet.parameters()) < 9.5e6
     layers = [(name, m) for name, m in unet.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     assert len(layers) > 81 and all(m.weight.shape[1] % 32 == 0 for name, m in layers if name != "conv_in")
-    with pytest.raises(ValueError, match="channels = 48 is not a multiple of 32"):
-        U.UNet(channels=48)
+    for wrong, message in ((dict(channels=48), "channels = 48 is not a multiple of 32"), (dict(size=30), "size = 30 .* 3 times"),
+                           (dict(blocks=0), "0 blocks"), (dict(mults=()), "blocks")):
+        with pytest.raises(ValueError, match=message):
+            U.UNet(**wrong)
 
 
 def test_shapes_and_labels(unet):

@@ -1,8 +1,10 @@
 """Whole networks: integer pictures, calibration, threads, checkpoints, scores, and bad input to sample.py."""
+import contextlib
 import copy
 import functools
 import json
 import math
+import os
 import pickle
 import shutil
 import threading
@@ -326,6 +328,8 @@ def test_checkpoint_round_trip(tmp_path):
     assert model.hqdm == SCHEME and isinstance(model.hqdm.timesteps, tuple) and not model.training
     assert torch.equal(sample.draw(model, 2, 4)[0], sample.draw(student, 2, 4)[0])
     assert [p.name for p in tmp_path.iterdir()] == ["m.pt"]      # no temporary file left
+    save(tmp_path / "again.pt", student)
+    assert (tmp_path / "again.pt").read_bytes() == (tmp_path / "m.pt").read_bytes()
 
 
 def test_loading_other_weights_forgets_the_old_ones():
@@ -359,8 +363,7 @@ def test_bad_checkpoints_are_refused_and_not_run(tmp_path):
     whole = path.read_bytes()
     for damaged in (whole[:len(whole) // 2], b""):
         refused("damaged", damaged)
-    torch.save({"format": 1, **good}, path)                      # not compressed, as a run's own state: one bit flips
-    flipped = bytearray(path.read_bytes())
+    flipped = bytearray(whole)
     flipped[len(flipped) // 2] ^= 1
     refused("damaged", bytes(flipped))
     refused("nothing of it was run", {"format": 1, "kind": "float", "model": Trap()})
@@ -379,6 +382,47 @@ def test_bad_checkpoints_are_refused_and_not_run(tmp_path):
     refused("another network than the judge", load=lambda path: sample.load_judge(path=path))
     path.unlink()
     refused("no checkpoint at", error=FileNotFoundError)
+    path.symlink_to(path)                            # a link to itself
+    refused("no checkpoint at", error=FileNotFoundError)
+
+
+@pytest.mark.parametrize("name, where, value, message", [
+    ("mid1.conv2.weights.s_w", (3, 0), 0.0, "mid1.conv2 has s_w = 0"), ("mid1.conv2.weights.z_w", (3, 0), 16, "mid1.conv2 has z_w = 16"),
+    ("mid1.conv2.activations.log_s_x", 1, 200.0, "mid1.conv2 has s_x = inf"), ("mid1.conv2.activations.log_s_x", 1, -200.0, "s_x = 0"),
+    ("mid1.conv2.weights.q_w", 5, 0x70, None), ("mid1.conv2.bias", 2, math.inf, "mid1.conv2.bias holds")])
+def test_values_that_no_training_makes_are_refused(name, where, value, message, tmp_path):
+    """Scales that are not positive numbers, zero points off the grid: the line names the layer."""
+    student = quantized(frozen=True)[0]
+    dict(student.state_dict())[name][where] = value
+    save(tmp_path / "c.pt", student)
+    with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+        sample.load_model(tmp_path / "c.pt")
+
+
+def test_absurd_checkpoints_are_refused(tmp_path):
+    """A configuration of other sizes than its tensors takes no memory; times that are none; weights off a 3-bit grid."""
+    student, path = quantized(frozen=True, wbits=3)[0], tmp_path / "c.pt"
+    for changes, message in ((dict(unet={**student.config, "channels": 2**20}), "parameters are not in its tensors"),
+                             (dict(unet={**student.config, "blocks": 10**9}), "blocks are not from 1 to 100"),
+                             (dict(scheme={**student.hqdm._asdict(), "timesteps": (1000, 600, 200, 0)}), "timesteps")):
+        save(path, student, **changes)
+        with pytest.raises(ValueError, match=message):
+            sample.load_model(path)
+    student.mid1.conv2.weights.q_w[5] = 0x80                     # half a byte holds 8, three bits 7 at most
+    save(path, student)
+    with pytest.raises(ValueError, match="mid1.conv2 has q_w = 8"):
+        sample.load_model(path)
+    student.hqdm_meaning[4] = 1000                               # not only the scheme beside it says so
+    save(path, student, scheme={**student.hqdm._asdict(), "timesteps": (1000, *student.hqdm.timesteps[1:])})
+    with pytest.raises(ValueError, match="has q_w|timesteps .* from 0 to 999"):
+        sample.load_model(path)
+
+
+@pytest.mark.parametrize("name", [*BUNDLED, "judge.pt"])
+def test_bundled_files_are_plain(name):
+    """Anyone's torch.load opens them."""
+    content = torch.load(sample.CHECKPOINTS / name, weights_only=True)
+    assert content["kind"] in runs.FORMATS and content["format"] == runs.FORMATS[content["kind"]]
 
 
 def test_a_kind_that_is_no_word_is_refused(tmp_path):
@@ -403,7 +447,6 @@ def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         runs.save_checkpoint(path, kind="judge", model={1: 2})
     assert path.read_bytes() == before
-    (tmp_path / "c.pt.tmp").unlink()
     for error in (RuntimeError("file write failed"), OSError("no space left")):          # torch's words, the system's
         stops_with(error)
         with pytest.raises(OSError, match=f"could not write .*{error}"):
@@ -420,10 +463,33 @@ def test_a_report_is_whole_or_not_there(tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             runs.write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
-    runs.check_out(path, None, str(tmp_path / "new"))
-    for bad in ("", tmp_path, tmp_path / "no" / "a.json"):
+    for good in (path, None, str(tmp_path / "new.json")):
+        runs.check_out(good, ".json")
+    (tmp_path / "link.json").symlink_to(path)
+    for bad in ("", tmp_path, tmp_path / "no" / "a.json", "/dev/full", tmp_path / "link.json", "a.md"):
         with pytest.raises(ValueError, match="cannot write"):
-            runs.check_out(path, bad)
+            runs.check_out(bad, "" if bad == "/dev/full" else ".json")
+    with pytest.raises(ValueError, match="no plain file"):       # as root, a rename would take the device's place
+        runs.write_json("/dev/full", {})
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_file_that_is_held_for_a_moment(tmp_path, monkeypatch):
+    """Windows refuses a rename while a scanner holds the file: tried again; two writers have a temporary name each."""
+    real, refused = os.replace, iter([True, True, False])
+    def replace(part, path):
+        if next(refused):
+            raise PermissionError("held")
+        real(part, path)
+    monkeypatch.setattr(runs.os, "replace", replace)
+    monkeypatch.setattr(runs.time, "sleep", lambda _: None)
+    with runs.whole_file(tmp_path / "a") as one:
+        one.write_text("1")
+        with monkeypatch.context() as m:
+            m.setattr(runs.os, "replace", real)
+            with runs.whole_file(tmp_path / "a") as two:
+                two.write_text("2")
+    assert (tmp_path / "a").read_text() == "1" and one != two and len(list(tmp_path.iterdir())) == 1
 
 
 # ---------------------------------------------------------------- drawing and scores
@@ -457,6 +523,25 @@ def test_draw():
     share = sample.draw(net, 5, 3, seed=7, rows=slice(1, None, 2))
     assert torch.equal(share[0], whole[1::2]) and share[1].tolist() == [1, 3]
     assert not torch.equal(sample.draw(net, 5, 3)[0], whole) and sample.draw(net, 2, 3, label=0)[1].tolist() == [0, 0]
+
+
+def test_a_model_in_training_draws_as_in_use():
+    """Without its dropout; afterwards each part is in the mode that it was in."""
+    model = tiny_unet(dropout=0.5)
+    whole, _ = sample.draw(model, 2, 2)
+    model.train().mid1.eval()
+    modes = [m.training for m in model.modules()]
+    assert torch.equal(sample.draw(model, 2, 2)[0], whole) and [m.training for m in model.modules()] == modes
+
+
+def test_pictures_have_the_networks_own_size(tmp_path):
+    """A network of 16 x 16 draws those, and the block of pictures is as large; the judge wants 32 x 32."""
+    pictures, labels = sample.draw(tiny_unet(size=16), 2, 2)
+    assert pictures.shape == (2, 3, 16, 16)
+    sample.save_grids(tmp_path / "s.png", {"a": pictures})
+    assert read_png(tmp_path / "s.png").shape == (3, 32 + 28, 64)
+    with pytest.raises(ValueError, match=r"looks at uint8 \(N, 3, 32, 32\), not torch.uint8 \(2, 3, 16, 16\)"):
+        sample.score(pictures, labels, sample.Judge().eval())
 
 
 def test_pictures_that_are_not_finite_are_refused():
@@ -496,7 +581,7 @@ def test_scores_by_hand(p, expected):
 
     Accuracy counts pictures of which a class was asked; C-FID uses the mean and unbiased covariance of the features.
     """
-    judge, pictures = Stub(), torch.zeros(20, 3, 32, 32, dtype=torch.uint8)
+    judge, pictures = Stub().eval(), torch.zeros(20, 3, 32, 32, dtype=torch.uint8)
     judge.p, judge.cov = p, torch.eye(256)
     scores = sample.score(pictures, p.argmax(1), judge)
     assert math.isclose(scores["c_is"], expected, rel_tol=1e-5) and scores["accuracy"] == 1
@@ -513,6 +598,17 @@ def test_one_picture_has_no_scores():
     """It has no covariance: an error."""
     with pytest.raises(ValueError, match="two or more"):
         sample.score(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.zeros(1, dtype=torch.long))
+
+
+def test_scores_of_the_wrong_thing_are_refused():
+    """Floats, a judge that still trains, a label too few, pictures that would be broadcast: no number at all."""
+    pictures, labels, judge = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4), sample.Judge().eval()
+    for wrong in ((pictures.float(), labels, judge), (pictures, labels, sample.Judge().train()), (pictures, labels[:3], judge)):
+        with pytest.raises(ValueError, match="the judge, in eval mode, looks at|4 pictures and"):
+            sample.score(*wrong)
+    for other in (pictures[:1], pictures.float()):
+        with pytest.raises(ValueError, match="no PSNR between"):
+            sample.psnr(pictures, other)
 
 
 def test_psnr_of_a_known_error():
@@ -612,9 +708,10 @@ def checkpoint(original, tmp_path):
     (["--npz", "/"], "cannot write"),
     (["--steps", "0"], "not a positive number"), (["--steps", "1001"], "outside 1 .. 1000"),
     (["--seed", "-1"], "not a number from 0"), (["--seed", "9" * 30], "not a number from 0"),
-    (["--guidance", "nan"], "guidance"), (["--guidance", "-1"], "guidance"), (["--png", ""], "new or empty"),
+    (["--guidance", "nan"], "not a finite number"), (["--guidance", "-1"], "guidance"), (["--png", ""], "new or empty"),
     (["--png", str(ROOT)], "new or empty"), (["--png", __file__], "new or empty"), (["no-such.pt"], "no checkpoint"),
-    (["q.pt"], "named twice"), (["--score", "--out", "s.json"], "an --out that is a picture")])
+    (["q.pt"], "named twice"), (["--score", "--out", "s.json"], "must end in .png"), (["--n", "-1"], "unrecognized"),
+    (["--out", "notes.md"], "must end in .png"), (["--npz", "s.zip"], "must end in .npz")])
 def test_bad_input_is_one_line_and_exit_code_2(argv, message, checkpoint, monkeypatch, capsys):
     """Each mistake is named on stderr, without a traceback; nothing is written."""
     monkeypatch.chdir(checkpoint.parent)
@@ -664,7 +761,7 @@ def test_sample_writes_over_nothing_but_its_own(checkpoint, tmp_path, capsys):
                  ["--score", "--out", a, "--npz", a.with_suffix(".json")],
                  ["--score", "--out", metrics.with_suffix(".png")]):
         code, _, err = run(capsys, checkpoint, "-n", 2, "--steps", 1, *argv)
-        assert code == 2 and ("different files" in err or "holds no scores" in err)
+        assert code == 2 and ("different files" in err or "holds no scores" in err or "must end in" in err)
     assert checkpoint.read_bytes() == before and metrics.read_text() == "{}" and not a.exists()
 
 
@@ -672,8 +769,8 @@ def test_sample_writes_over_nothing_but_its_own(checkpoint, tmp_path, capsys):
 def stubs(monkeypatch):
     """draw and save_grids that remember what they were asked; pictures are random, each call its own."""
     calls, pictures, titles = [], torch.randint(0, 256, (5, 2, 3, 32, 32), dtype=torch.uint8), []
-    def draw(model, n, steps, label, guidance, seed, progress):
-        calls.append((n, steps, label, guidance, seed, {layer.integer for layer in hqdm.layers(model)}))
+    def draw(model, n, steps, label, guidance, seed, batch, progress):
+        calls.append((n, steps, label, guidance, seed, batch, {layer.integer for layer in hqdm.layers(model)}))
         return pictures[len(calls) - 1], torch.full((n,), label or 0)
     monkeypatch.setattr(sample, "draw", draw)
     monkeypatch.setattr(sample, "save_grids", lambda path, grids: titles.extend(grids))
@@ -688,10 +785,10 @@ def test_options_arrive(checkpoint, tmp_path, stubs, capsys):
     calls, pictures, titles = stubs
     save(tmp_path / "f.pt", tiny_unet())
     code, out, _ = run(capsys, tmp_path / "f.pt", checkpoint, "-n", 2, "--steps", 3, "--class", "none", "--guidance", 2,
-                       "--seed", 7, "--integer", "--score", "--npz", tmp_path / "s.npz", "--png", tmp_path / "s",
+                       "--seed", 7, "--batch", 9, "--integer", "--score", "--npz", tmp_path / "s.npz", "--png", tmp_path / "s",
                        "--out", tmp_path / "s.png")
-    assert code == 0 and calls == [(2, 3, 10, 2.0, 7, integer) for integer in (set(), {False}, {True})]
-    assert titles == ["f", "q"] and "f:" not in out
+    assert code == 0 and calls == [(2, 3, 10, 2.0, 7, 9, integer) for integer in (set(), {False}, {True})]
+    assert titles == ["f", "q"] and "f:" not in out and "note: C-FID of 2 pictures is large by itself" in out
     assert f"q: {int((pictures[1] != pictures[2]).sum())} of 6,144 bytes differ" in out
     assert np.array_equal(np.load(tmp_path / "s.npz")["arr_0"], pictures[1].permute(0, 2, 3, 1).numpy())
     assert torch.equal(read_png(tmp_path / "s" / "00001.png"), pictures[1, 1])
@@ -731,14 +828,14 @@ def test_steps_come_from_the_checkpoint(checkpoint, stubs, capsys):
 
 
 def test_classes_are_the_models_own(tmp_path, capsys):
-    """A network with five classes knows no dog, and its "none" is number 5."""
+    """A network with five classes knows no dog; its "none", number 5, is 10 in files and scores, as for all."""
     save(tmp_path / "five.pt", UNet(channels=32, mults=(1, 2), blocks=1, classes=5))
     argv = [tmp_path / "five.pt", "-n", 1, "--steps", 1, "--out", tmp_path / "s.png", "--npz", tmp_path / "s.npz"]
     code, _, err = run(capsys, *argv, "--class", "dog")
     assert code == 2 and "none of the 5 classes" in err
     code, _, err = run(capsys, *argv, "--integer")
     assert code == 2 and "--integer needs a quantized checkpoint" in err
-    assert run(capsys, *argv, "--class", "none")[0] == 0 and np.load(tmp_path / "s.npz")["arr_1"].tolist() == [5]
+    assert run(capsys, *argv, "--class", "none")[0] == 0 and np.load(tmp_path / "s.npz")["arr_1"].tolist() == [10]
 
 
 def test_the_bundled_command(tmp_path, capsys):

@@ -3,6 +3,7 @@ import contextlib
 import copy
 import functools
 import importlib
+import io
 import json
 import math
 import os
@@ -112,16 +113,45 @@ def test_an_address_is_fetched_whole_or_not_at_all(tmp_path, monkeypatch):
         tar.add(BIN, "cifar-10-batches-bin/data_batch_1.bin")
     refused(ValueError, "not CIFAR-10 as it should be: no data_batch_2.bin in it")
     archive.unlink()
-    refused(OSError, "could not fetch")
+    refused(ConnectionError, "could not fetch")
+
+
+def test_two_runs_fetch_at_once(tmp_path, monkeypatch):
+    """The slower one finds the folder there, and uses it: neither an error nor a lack of network."""
+    url = make_archive(tmp_path / "mirror", monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    real = train.fetch
+    def meanwhile(*args):
+        monkeypatch.setattr(train, "fetch", real)
+        train.download_cifar10("data", url)
+        real(*args)
+    monkeypatch.setattr(train, "fetch", meanwhile)
+    assert len(train.find_data(url)[0]) == 5000 and len(list((tmp_path / "data").iterdir())) == 1
+
+
+def test_a_host_that_drips_is_given_up(tmp_path, monkeypatch):
+    """A byte every two seconds never times out; after half a minute the speed since the start is too low."""
+    class Drip(io.BytesIO):
+        def read1(self, n):
+            clock[0] += 2
+            return b"x"
+    clock = [0]
+    monkeypatch.setattr(train.time, "time", lambda: clock[0])
+    monkeypatch.setattr(train.urllib.request, "urlopen", lambda *_, timeout: Drip())
+    with pytest.raises(ConnectionError, match="16 bytes in 32 s"):
+        train.fetch("http://x", tmp_path / "f")
 
 
 def test_without_data_the_bundled_images_are_used_loudly(tmp_path, monkeypatch, capsys):
     """Offline a thousand images, and it says so; but a folder that was asked for must exist."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "download_cifar10", lambda *_: fail(OSError("could not fetch: offline")))
+    monkeypatch.setattr(train, "download_cifar10", lambda *_: fail(ConnectionError("could not fetch: offline")))
     assert len(train.find_data(None)[0]) == 1000 and "1,000 BUNDLED IMAGES" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError):
         train.find_data(str(tmp_path))
+    monkeypatch.setattr(train, "download_cifar10", lambda *_: fail(OSError("no space left")))
+    with pytest.raises(OSError, match="no space left"):          # is no lack of network
+        train.find_data(None)
 
 
 # ---------------------------------------------------------------- the carousel: where batches come from
@@ -507,9 +537,10 @@ def test_resume_is_exact(kind, finished, teacher_file, tmp_path, monkeypatch):
             train.main(argv + [str(cut), "--resume"])
 
 
-def test_a_polite_kill_saves_and_the_run_goes_on(finished, teacher_file, tmp_path, monkeypatch, capsys):
-    """SIGTERM in the middle: exit code 130, the step done and saved, with the losses of a run that was not killed."""
-    stop_at(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+@pytest.mark.parametrize("sent", [signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)])
+def test_a_polite_kill_saves_and_the_run_goes_on(sent, finished, teacher_file, tmp_path, monkeypatch, capsys):
+    """SIGTERM, or the end of an ssh session, in the middle: exit code 130, the step done and saved, with the losses of a run that was not killed."""
+    stop_at(monkeypatch, 3, lambda: os.kill(os.getpid(), sent))
     assert refused(arguments(teacher_file, tmp_path)) == 130 and "stopped after step 4" in capsys.readouterr().out
     killed, all_ = (runs.read_checkpoint(out / "last.pt")["losses"] for out in (tmp_path, finished))
     assert len(killed) == 4 and killed == all_[:4]               # the rest: test_resume_is_exact
@@ -585,6 +616,20 @@ def test_a_state_that_does_not_fit_is_refused(tmp_path):
             runs.Run(tmp_path, run.settings, resume=True).restore(**part)
     with pytest.raises(ValueError, match=r"other settings: --batch 9 \(was 8\)"):
         runs.Run(tmp_path, dict(steps=5, batch=9), resume=True)
+    for wrong in (dict(losses=[1.0] * 6), dict(losses=[float("nan")])):
+        again.losses, again.parts = wrong["losses"], {"model": model}
+        again.save()
+        with pytest.raises(ValueError, match="losses of 5 steps"):
+            runs.Run(tmp_path, run.settings, resume=True).restore(model=model)
+    model, again.losses = torch.nn.Linear(2, 2), [1.0]
+    for shape in ((2, 2), (7, 7)):                   # a fused step with the second would read past the end
+        optimizer = runs.adamw([{"params": [model.weight], "lr": 0.1}], torch.device("cpu"))
+        optimizer.state[model.weight] = {"step": torch.tensor(1.0), "exp_avg": torch.zeros(shape), "exp_avg_sq": torch.zeros(2, 2)}
+        again.parts = {"optimizer": optimizer}
+        again.save()
+        fresh = runs.adamw([{"params": [model.weight], "lr": 0.1}], torch.device("cpu"))
+        with contextlib.nullcontext() if shape == (2, 2) else pytest.raises(ValueError, match=r"exp_avg is \(7, 7\)"):
+            runs.Run(tmp_path, run.settings, resume=True).restore(optimizer=fresh)
     for kind, message in (("training", "not the state of a run"), ("judge", "'judge' checkpoint, not 'training'")):
         runs.save_checkpoint(tmp_path / "last.pt", kind=kind)
         with pytest.raises(ValueError, match=message):
@@ -753,7 +798,7 @@ def test_two_processes_share_one_batch(kind, teacher_file, tmp_path):
         assert apart.max() <= 1 if kind == "cpu" else apart.mean() < 4                   # on a GPU to 11 bits
         assert torch.equal(labels, whole[1]) and n == 5
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["processes"] == 2 and metrics["command"].startswith("torchrun --nproc_per_node=2 ")
+    assert metrics["processes"] == 2 and metrics["command"].startswith("main(['--wbits', '4'")
     assert len(metrics["losses"]) == 2 and {p.name for p in (tmp_path / "run").iterdir()} == set(runs.FILES)
 
 
@@ -764,7 +809,7 @@ def test_two_processes_share_one_batch(kind, teacher_file, tmp_path):
     (["--abits", "9"], "argument --abits: invalid choice"), (["--abits", "32"], "argument --abits: invalid choice"),
     (["--block", "64"], "use a block of 32 or less"), (["--block", "0"], "not a positive number"),
     (["--steps", "0"], "not a positive number"), (["--batch", "-1"], "not a positive number"),
-    (["--batch", "9" * 20], "not a positive number"), (["--lr", "nan"], "not a positive number"),
+    (["--batch", "9" * 20], "not a positive number"), (["--lr", "nan"], "not a finite number"), (["--ste", "2"], "unrecognized"),
     (["--ddim-steps", "1001"], "outside 1 .. 1000"), (["--rotation", "triple"], "invalid choice"),
     (["--order", "pool"], "invalid choice"), (["--device", "tpu"], "choose from cpu"),
     (["--score-every", "3"], "is for the teacher"), (["--data", "data"], "is for the teacher"),
@@ -782,7 +827,7 @@ def test_bad_input_is_one_line_and_exit_code_2(more, message, teacher_file, tmp_
     (["--teacher", "t.pt"], "--teacher is for a quantized model"), (["--wbits", "4"], "--abits go together"),
     (["--abits", "4"], "--wbits and --abits go together"), (["--ddim-steps", "1001"], "outside 1 .. 1000"),
     (["--data", "nowhere"], "no data_batch_1.bin"), (["--dropout", "1"], "not a share"),
-    (["--dropout", "nan"], "not a share")])
+    (["--dropout", "nan"], "not a finite number")])
 def test_the_teacher_refuses_before_it_trains(argv, message, tmp_path, monkeypatch, capsys):
     """Options of the other training, and what the end could not use. A folder that was there before stays."""
     monkeypatch.chdir(tmp_path)
@@ -821,8 +866,33 @@ def test_folders_of_runs(tmp_path, monkeypatch):
         for seconds, f in enumerate([made[0], made[2], made[1], tmp_path / "runs" / "w4a3-other"]):
             (f / "last.pt").touch()
             os.utime(f / "last.pt", (seconds, seconds))
-        assert folder(resume=True).name == "w4a3-2"
+        with pytest.raises(ValueError, match="w4a3-2 is in use by another run"):
+            folder(resume=True)
+    with runs.run_folder(None, "w4a3", resume=True) as f:
+        assert f.name == "w4a3-2"
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["w4a3", "w4a3-2", "w4a3-3", "w4a3-other"]
+
+
+def test_a_shell_left_over_from_a_cluster(monkeypatch):
+    """RANK alone is not torchrun: the line says what is missing."""
+    for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match="RANK is set.*WORLD_SIZE.*unset RANK"):
+        runs.start_processes(torch.device("cpu"))
+
+
+def test_busy_cores_are_noted(capsys):
+    """Where threads wait for cores, once; not where they work."""
+    for used in (torch.get_num_threads(), 0.1):
+        runs.note_busy_cores(used)
+    assert capsys.readouterr().out.count("OMP_NUM_THREADS=1") == (torch.get_num_threads() > 1)
+
+
+def test_paths_without_a_way(monkeypatch):
+    """Between two drives of Windows there is no relative path: the whole one is written down, after the training."""
+    monkeypatch.setattr(runs.os.path, "relpath", lambda _: fail(ValueError("path is on mount 'D:'")))
+    assert runs.provenance({"out": "/x"}, torch.device("cpu"), 1.0)["settings"]["out"] == "/x"
 
 
 def test_ctrl_c_is_one_word(capsys):
@@ -835,11 +905,14 @@ def test_ctrl_c_is_one_word(capsys):
 def test_lack_of_memory_is_one_line(capsys):
     """On a CPU torch has no type for it, on a GPU it has; a RuntimeError of another kind keeps its traceback."""
     gpu = torch.cuda.OutOfMemoryError("can't: out of memory")
-    for work in (lambda: torch.empty(10**15), lambda: fail(MemoryError()), lambda: fail(gpu)):
+    words = ("MPS backend out of memory (MPS allocated: 9 GB)", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+             "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling", "The paging file is too small", "std::bad_alloc")
+    for work in (lambda: torch.empty(10**15), lambda: fail(MemoryError()), lambda: fail(gpu),
+                 *(lambda w=w: fail(RuntimeError(w)) for w in words)):
         with pytest.raises(SystemExit) as stop:
             runs.run_cli(work)
         err = capsys.readouterr().err
-        assert stop.value.code == 2 and "memory" in err.lower() and len(err.splitlines()) == 1
+        assert stop.value.code == 2 and "out of memory, try a smaller --batch" in err and len(err.splitlines()) == 1
     for fault in (RuntimeError("a fault"), NotImplementedError("a fault")):      # one of many RuntimeErrors by descent
         with pytest.raises(type(fault), match="a fault"):
             runs.run_cli(lambda: fail(fault))

@@ -134,6 +134,8 @@ def test_what_the_pages_say_of_the_results():
     run = table.read("w4a3-single-cpu.json")                                 # the goal of half is missed, because of t = 0
     assert 1 < run["eps_error_untrained"] / run["eps_error"] < 2 and run["eps_errors_untrained"][-1] > 4 * sum(
         run["eps_errors_untrained"][:-1])
+    for name in ("teacher", "w4a3-none", "w4a3-single"):         # the bundled files are as large as the table says
+        assert 1 < (ROOT / "checkpoints" / f"{name}.pt").stat().st_size / table.eps_errors(name)[2] < 1.05
     for name in score.keys() - {"teacher"}:                                  # the eps error is mostly the last step's
         _, after, _ = table.eps_errors(name)
         assert after[-1] == max(after) > 0.4 * sum(after)
