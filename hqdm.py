@@ -491,13 +491,13 @@ def pack_weights(q, bits):
     if bits > 4:
         return q
     q = F.pad(q, (0, len(q) % 2))
-    return q[0::2] | (q[1::2] << 4)
+    return q[0::2] + 16 * q[1::2]
 
 
 def unpack_weights(packed, bits, shape):
     """The inverse of pack_weights: uint8 tensor of the given shape."""
     if bits <= 4:
-        packed = torch.stack([packed & 15, packed >> 4], dim=1).flatten()
+        packed = torch.stack([packed % 16, packed // 16], dim=1).flatten()
     return packed[:math.prod(shape)].view(shape)
 
 

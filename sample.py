@@ -343,6 +343,9 @@ def parse(argv):
     args = parser.parse_args(argv)
     args.checkpoints = args.checkpoints or [str(CHECKPOINTS / name) for name in ("teacher.pt", "w4a3-single.pt")]
     args.device, args.argv = pick_device(args.device), argv
+    if args.integer and args.device.type not in ("cpu", "cuda"):
+        print(f"note: {args.device} multiplies no integers, so --integer draws on the cpu")
+        args.device = torch.device("cpu")
     args.n = args.n or (16 if args.device.type == "cpu" else 64)
     check(args)
     return args

@@ -367,7 +367,7 @@ def quantized_copy(teacher, scheme, walks):
 def train_student(run, teacher, scheme, order):
     """`python train.py --wbits W --abits A`: quantize the teacher, calibrate, distil; finish_student does the rest."""
     device, s, S = next(teacher.parameters()).device, run.settings, len(scheme.timesteps)
-    few, together = device.type == "cpu", order == "trajectory"
+    few, together = device.type != "cuda", order == "trajectory"
     torch.manual_seed(s["seed"])                     # LoRA's A is drawn at random
     student = copy.deepcopy(teacher)
     rows = hqdm.quantize_network(student, scheme)
@@ -448,7 +448,7 @@ def parse(argv):
     add("--block", type=positive, help="channels that one transform mixes, a power of two (32)")
     add("--rank", type=positive, help="of the LoRA factors (32)")
     add("--order", choices=("mixed", "trajectory"), help="of training steps; trajectory is the paper's (mixed)")
-    add("--ddim-steps", type=positive, help="of the sampler, an activation scale each (50; cpu 10)")
+    add("--ddim-steps", type=positive, help="of the sampler, an activation scale each (50; without CUDA 10)")
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=positive, help="updates (defaults depend on the device and are printed)")
     add("--batch", type=positive, help="images an update, of all processes together")
@@ -494,8 +494,8 @@ def check(args):
 
 
 def defaults(args):
-    """{option: value} of the training asked for, short ones without a GPU."""
-    full = args.device.type != "cpu"
+    """{option: value} of the training asked for, short ones without an NVIDIA GPU."""
+    full = args.device.type == "cuda"
     if args.wbits is None:
         return dict(ddim_steps=50, steps=11_000 if full else 100, batch=512 if full else 8, lr=8e-4, dropout=0.0)
     sizes = dict(ddim_steps=50, steps=1000, batch=128) if full else dict(ddim_steps=10, steps=150, batch=8)
@@ -508,7 +508,7 @@ def main(argv=None):
     name = f"w{args.wbits}a{args.abits}-{args.rotation}" if args.wbits else "teacher"
     others = "resume", "out", "device", "data", "teacher", "score_every"     # these may differ where a run goes on
     settings = {k: v for k, v in vars(args).items() if k not in others}
-    short = "short" if args.device.type == "cpu" else "full"
+    short = "full" if args.device.type == "cuda" else "short"
     with run_folder(args.out, name, args.resume) as out:
         print(f"device {args.device}; {short} run: --steps {args.steps} --batch {args.batch} --lr {args.lr:g} "
               f"--ddim-steps {args.ddim_steps}; into {out}", flush=True)

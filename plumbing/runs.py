@@ -248,6 +248,8 @@ def start_processes(device):
     if missing := [v for v in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if v not in os.environ]:
         raise ValueError(f"RANK is set, as torchrun does, but not {', '.join(missing)}: use torchrun, or unset RANK")
     cuda = device.type == "cuda"
+    if device.type == "mps":
+        raise ValueError("torchrun works on cuda and cpu, not on mps: pass --device cpu")
     if cuda:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)

@@ -58,6 +58,13 @@ def test_the_outermost_levels_pass_the_gradient():
     assert v.grad.tolist() == [1, 1, 1, 0] and z.grad.item() == -1
 
 
+def test_the_search_keeps_the_precision():
+    """float64 in, float64 out, and a scale that float32 could not tell from its neighbour."""
+    v = torch.tensor([[0.0, 1.0 + 2.0**-40]], dtype=torch.float64)
+    s, z = hqdm.search_scale(v, (0, 15), 2.0)
+    assert s.dtype == z.dtype == torch.float64 and s.item() * 15 == v[0, 1].item()
+
+
 def test_grids_that_do_not_exist():
     """Bits that are no whole number, or too few for a level beside 0."""
     for bits, symmetric in ((0, False), (1, True), (4.0, False), (-3, True)):

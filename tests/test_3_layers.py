@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import io
+import math
 import pickle
 
 import pytest
@@ -238,6 +239,32 @@ def test_bad_arguments_are_refused(scheme, message):
         hqdm.HQLinear(nn.Linear(64, 8), hqdm.Scheme(**scheme))
 
 
+def test_what_a_layer_is_without_being_asked():
+    """W4A4 single, blocks of 32, rank 32, one scale; block 1 is a transform that does nothing."""
+    assert SINGLE == (4, 4, "single", 32, 32, (0,)) and hqdm.HQLinear(nn.Linear(64, 8)).scheme == SINGLE
+    x = torch.randn(2, 64, 3)
+    assert torch.equal(hqdm.walsh(x), hqdm.walsh(x, 1, 32)) and torch.equal(hqdm.hadamard(x), hqdm.hadamard(x, 1, 32))
+    assert torch.equal(hqdm.hadamard(x, 1, 1), x)
+    with pytest.raises(ValueError, match="block 0 is not a power of two"):
+        hqdm.walsh(x, 1, 0)
+
+
+@pytest.mark.parametrize("rotation, k", [("none", 1), ("single", 32), ("double", 1)])
+def test_the_bound_of_a_layer(rotation, k):
+    """taps x sqrt(k) x q_max x (2^bits - 1), each from the layer's own grid: 576 products at W4A3."""
+    q_max = 7 if rotation == "none" else 3           # asymmetric grids have 0 .. 7 at 3 bits
+    new, _, _ = layer("conv", rotation, 4, 3)
+    assert new.bound == math.ceil(576 * math.sqrt(k) * q_max * 15) and new.k == k
+
+
+def test_layers_of_half_precision():
+    """A float16 layer is made over in float32: its weights as they are, scales fitted and sums made in float32."""
+    plain = nn.Conv2d(64, 8, 3).half()
+    new, same = hqdm.HQConv2d(plain), hqdm.HQConv2d(copy.deepcopy(plain).float())
+    assert torch.equal(new.weights.weight, plain.weight.float()) and torch.equal(new.weights()[0], same.weights()[0])
+    assert all(v.dtype == torch.float32 for v in new.state_dict().values())
+
+
 @pytest.mark.parametrize("kwargs", [dict(groups=2), dict(dilation=2), dict(padding=1, padding_mode="circular"),
                                     dict(padding=(1, 0)), dict(padding="same"), dict(stride=(1, 2))])
 def test_other_convolutions_are_refused(kwargs):
@@ -295,6 +322,7 @@ def test_freezing_changes_no_bit(bits):
     y = new(x)
     new.freeze(), new.freeze()
     assert torch.equal(new(x), y) and not any(p.requires_grad for p in new.parameters())
+    assert all(v.grad_fn is None and not v.requires_grad for v in new.buffers())
     assert new.weights.q_w.dtype == torch.uint8 and len(new.weights.q_w) == 16 * 64 * 9 // (2 if bits <= 4 else 1)
 
 

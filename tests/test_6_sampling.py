@@ -99,6 +99,19 @@ def test_every_layer_is_in_the_report_and_none_is_forgotten():
             assert sum(v.numel() * v.element_size() for v in layer.state_dict().values()) == rows[name]["bytes"]
 
 
+def test_rows_of_the_report():
+    """What each column says of layers with and without bias, and of a float module, by hand."""
+    net = torch.nn.Sequential(torch.nn.Conv2d(32, 8, 3, bias=False), torch.nn.Linear(64, 4), torch.nn.LayerNorm(4))
+    conv, linear, norm = hqdm.quantize_network(net, hqdm.Scheme(4, 3, timesteps=(9, 0)), eight_bits=["1"])
+    assert (conv["kind"], linear["kind"], norm["kind"]) == ("Conv2d", "Linear", "LayerNorm")
+    assert [r["float_bytes"] for r in (conv, linear, norm)] == [4 * 8 * 288, 4 * (4 * 64 + 4), 4 * 8]
+    # packed weights, s_w, z_w, bias, and s_x of two steps; asymmetric activations have two z_x more
+    assert conv["bytes"] == 8 * 288 // 2 + 8 * (4 + 1 + 4) + 2 * 4 and linear["bytes"] == 4 * 64 + 4 * (4 + 1 + 4) + 4 * 4
+    assert [(r["wbits"], r["abits"], r["rotation"], r["block"]) for r in (conv, linear, norm)] == [
+        (4, 3, "single", 32), (8, 8, "none", 1), (32, 32, "none", 1)]
+    assert linear["accumulator_bound"] == 64 * 255 * 255 and norm["bytes"] == 32
+
+
 def test_a_refused_network_is_left_as_it_was():
     """Block 64 does not fit every width: layer and choices are named, the network stays float; block 16 fits, once."""
     unet = small_unet()
@@ -813,6 +826,13 @@ def test_defaults(checkpoint, monkeypatch):
     assert args.n == 16 and [sample.name_of(path) for path in args.checkpoints] == ["teacher", "w4a3-single"]
     monkeypatch.setattr(sample, "pick_device", lambda name: torch.device("cuda"))
     assert sample.parse([str(checkpoint)]).n == 64 and sample.parse([str(checkpoint), "-n", "3"]).n == 3
+
+
+def test_integers_go_to_the_cpu_where_a_device_has_none(checkpoint, monkeypatch, capsys):
+    """A Mac's GPU multiplies no integers: --integer draws on the CPU, and says so."""
+    monkeypatch.setattr(sample, "pick_device", lambda name: torch.device("mps"))
+    assert sample.parse([str(checkpoint), "--integer"]).device.type == "cpu" and "note: mps" in capsys.readouterr().out
+    assert sample.parse([str(checkpoint)]).device.type == "mps"
 
 
 def test_steps_come_from_the_checkpoint(checkpoint, stubs, capsys):

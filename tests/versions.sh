@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# The whole suite in other versions than CI's, each in an environment of its own, which goes afterwards:
+#
+#   bash tests/versions.sh 3.10:2.4.0 3.13:2.14.1        # Python:torch; both ends of what requirements.txt promises
+#
+# Needs python3.10, python3.13 .. on the path. numpy 2 wants torch 2.3 or later. More options for pip: PIP_ARGS.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[ $# -gt 0 ] || { sed -n '2,6p' "$0"; exit 2; }
+where=$(mktemp -d) failed=0
+trap 'rm -rf "$where"' EXIT
+for pair in "$@"; do
+    python=${pair%%:*} torch=${pair##*:} start=$SECONDS
+    "python$python" -m venv "$where/$pair"
+    # shellcheck disable=SC2086
+    "$where/$pair/bin/pip" install -q ${PIP_ARGS:-} "torch==$torch" -r <(grep -v '^torch' requirements.txt)
+    start=$SECONDS
+    "$where/$pair/bin/python" -m pytest -q -p no:cacheprovider || failed=1
+    echo "Python $python, torch $torch: $((SECONDS - start)) s"
+done
+exit $failed
