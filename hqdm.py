@@ -368,14 +368,11 @@ class HQLayer(nn.Module):
         largest = int(q_w.abs().flatten(1).sum(1).max()) * self.activations.q_max if frozen else 0
         return q_w.double() if largest >= 2**24 or (largest and q_w.is_cuda and q_w.abs().max() > 2**11) else q_w
 
+    @exact_or_said
     def multiply(self, q_x, q_w, scales=None):
         """The sums (B, .., C_out), integers in float32; with scales, the layer's output."""
-        acc = self.sums(q_x.to(q_w.dtype), q_w).float()
+        acc = self.product(q_x.to(q_w.dtype), q_w).float()
         return acc if scales is None else scale_and_bias(acc, scales)
-
-    @exact_or_said
-    def sums(self, q_x, q_w):
-        return self.product(q_x, q_w)
 
     def multiply_int(self, q_x, q_w, scales=None):
         """The same by integer arithmetic: int32, or the output. In view A it is q_x that R turns, not the weight."""
@@ -503,7 +500,7 @@ def unpack_weights(packed, bits, shape):
 
 # ---------------------------------------------------------------- 5. which DDIM step is it?
 
-_calls = threading.local()       # .steps: a one-hot matrix for each call that this thread is in, the innermost last
+_calls = threading.local()       # .steps: (whose, one-hot matrix) of each call that this thread is in, innermost last
 
 
 @contextlib.contextmanager
@@ -515,7 +512,7 @@ def at(t, timesteps):
     a backward pass (torch.utils.checkpoint), gets an error rather than the scale of some other call.
     """
     before = getattr(_calls, "steps", ())
-    _calls.steps = (*before, one_hot(t, timesteps))
+    _calls.steps = (*before, (None, one_hot(t, timesteps)))
     try:
         yield
     finally:
@@ -523,18 +520,20 @@ def at(t, timesteps):
 
 
 def _enter(network, args, kwargs):                   # a network's hooks: the same around each forward
-    _calls.steps = (*getattr(_calls, "steps", ()), None)         # at once: _leave comes even after an error below
-    _calls.steps = (*_calls.steps[:-1], one_hot(time_of(args, kwargs), network.hqdm_meaning[4:]))    # timesteps
+    steps = one_hot(time_of(args, kwargs), network.hqdm_meaning[4:])         # of its timesteps
+    _calls.steps = (*getattr(_calls, "steps", ()), (network, steps))
 
 
-def _leave(*_):
-    _calls.steps = _calls.steps[:-1]
+def _leave(network, *_):                             # comes after an error, too, even of a hook that was before _enter
+    steps = getattr(_calls, "steps", ())
+    _calls.steps = steps[:-1] if steps and steps[-1][0] is network else steps
 
 
 def _keep_nan(network, args, y):
     """A network's hook: integers have no NaN, so in integer mode a sample that came with one gets it here."""
-    if args and torch.is_tensor(y) and len(args[0]) == len(y) and any(layer.integer for layer in layers(network)):
-        return torch.where(args[0].isnan().flatten(1).any(1).view(-1, *[1] * (y.ndim - 1)), math.nan, y)
+    tensors = [v for v in (*args[:1], y) if torch.is_tensor(v) and len(v.shape) > 1]
+    if any(layer.integer for layer in layers(network)) and len(tensors) == 2 and len(tensors[0]) == len(y):
+        return torch.where(tensors[0].isnan().flatten(1).any(1).view(-1, *[1] * (y.ndim - 1)), math.nan, y)
 
 
 def time_of(args, kwargs={}):
@@ -560,7 +559,7 @@ def at_step(values, batch):
         return values.expand(batch)
     if not getattr(_calls, "steps", ()):
         raise RuntimeError("which DDIM step is this? call the layer through its network, or in hqdm.at(t, timesteps)")
-    steps = _calls.steps[-1].to(values.device)       # (B, S)
+    steps = _calls.steps[-1][1].to(values.device)    # (B, S)
     if len(steps) not in (1, batch) or steps.shape[1] != len(values):
         raise RuntimeError(f"t has {len(steps)} samples, {steps.shape[1]} steps; this layer {batch} and {len(values)}")
     return (steps @ values).expand(batch)
@@ -619,7 +618,7 @@ def calibrate(student, teacher, batches):
     network's inputs, (x_t, t, y) for our UNet, with that t for all samples. Raises ValueError for other batches.
     """
     times, twins, step = student.hqdm.timesteps, dict(teacher.named_modules()), None
-    left = set(range(len(times)))
+    left = list(times)
 
     def fit(layer):
         return lambda _, args: fit_scale(layer.activations, layer.channels_last(args[0]), step)
@@ -627,17 +626,17 @@ def calibrate(student, teacher, batches):
              if isinstance(layer, HQLayer)]
     try:
         for batch in batches:
-            steps = one_hot(time_of(batch), times).argmax(1).unique().tolist() if len(times) > 1 else [0]
-            step = steps[0]
-            if len(steps) > 1 or step not in left:
+            t = torch.as_tensor(time_of(batch)).unique().tolist() if len(times) > 1 else left[:1]
+            if len(t) != 1 or t[0] not in left:
                 raise ValueError("calibrate takes one batch for each of the timesteps, with that t for all samples")
-            left.remove(step)
+            left.remove(t[0])
+            step = times.index(t[0])
             teacher(*batch)
     finally:
         for hook in hooks:
             hook.remove()
     if left:
-        raise ValueError(f"no batch to calibrate t = {', '.join(str(times[i]) for i in sorted(left))}")
+        raise ValueError(f"no batch to calibrate t = {', '.join(map(str, left))}")
 
 
 # ---------------------------------------------------------------- 7. a whole network

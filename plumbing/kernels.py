@@ -137,27 +137,26 @@ def kept_while_frozen(make):
     return remember
 
 
-def exact_or_said(sums):
+def exact_or_said(multiply):
     """Decorator: a frozen layer's first sums of each shape are compared with float64; who rounds them is warned of.
 
     Some libraries choose Winograd's convolutions, which multiply by fractions. One sample shows it.
     """
     seen = set()
 
-    @functools.wraps(sums)
-    def checked(layer, q_x, q_w):
-        acc = sums(layer, q_x, q_w)
+    @functools.wraps(multiply)
+    def checked(layer, q_x, q_w, scales=None):
         case = q_x.device, q_x.shape, q_w.shape, q_w.dtype, layer.stride, layer.padding
-        if not layer.weights.frozen or case in seen or type(acc) is not torch.Tensor or torch.compiler.is_compiling():
-            return acc
-        if len(acc) and not (acc.is_cuda and torch.cuda.is_current_stream_capturing()):
+        plain = type(q_x) is torch.Tensor and not torch.compiler.is_compiling()      # no stand-in of an exporter
+        plain = plain and not (q_x.is_cuda and torch.cuda.is_current_stream_capturing())
+        if layer.weights.frozen and len(q_x) and plain and case not in seen:
             seen.add(case)
-            mine, *operands = (v.detach().cpu().double() for v in (acc[:1], q_x[:1], q_w))
-            wrong = int((layer.product(*operands) != mine).sum())
+            mine, *operands = (v.detach().cpu().double() for v in (multiply(layer, q_x, q_w)[:1], q_x[:1], q_w))
+            wrong = int((layer.product(*operands).float().double() != mine).sum())
             if wrong and mine.isfinite().all():
                 warnings.warn(f"float convolutions on {q_x.device} do not add integers exactly here ({wrong} of "
                               f"{mine.numel()} sums differ): hqdm.set_integer will give other bits", stacklevel=2)
-        return acc
+        return multiply(layer, q_x, q_w, scales)
     return checked
 
 

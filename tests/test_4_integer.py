@@ -282,6 +282,26 @@ def test_a_nan_is_one_in_integers_too(unet):
         assert unet(x, t)[1].isnan().all() and torch.equal(unet(x, t)[0], y[0])
 
 
+@pytest.mark.parametrize("end", [lambda y: (y, y), lambda y: y.sum(), lambda y: y[:1], lambda y: y])
+def test_integers_of_networks_that_give_other_things(end):
+    """A tuple, one number, fewer rows, an input by name: no NaN to look for, and nothing in the way."""
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 4))
+
+        def forward(self, x):
+            return end(self.layers(x))
+    net, x = Net(), torch.randn(3, 32)
+    teacher = copy.deepcopy(net)
+    hqdm.quantize_network(net)
+    hqdm.calibrate(net, teacher, [(x,)])
+    fake = net(x)
+    hqdm.set_integer(net)
+    for y in (net(x), net(x=x)):
+        assert all(map(torch.equal, y, fake)) if isinstance(fake, tuple) else torch.equal(y, fake)
+
+
 def test_narrow_types():
     """What fits int8 is int8; what a kernel's two digits hold is int16."""
     sizes = {0: torch.int8, 127: torch.int8, 128: torch.int16, 2**14 - 1: torch.int16, 2**14: torch.int32}

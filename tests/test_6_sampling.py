@@ -230,6 +230,7 @@ X, GOOD = torch.zeros(2, 3, 32, 32), [(torch.zeros(2, 3, 32, 32), torch.full((2,
     (GOOD[:2], ValueError, "no batch to calibrate t = 333, 0"),
     (GOOD[:1] * 2, ValueError, "one batch for each of the timesteps"),
     ([(X, torch.tensor([999, 0]))], ValueError, "with that t for all samples"),
+    ([(X, torch.full((2,), 998))], ValueError, "with that t for all samples"),
     (GOOD[:1] + [(X * math.nan, torch.full((2,), 666))], ValueError, "finite"),
     ([(X,)], TypeError, "takes t")])
 def test_calibrate_refuses(batches, error, message):
@@ -249,6 +250,20 @@ def test_each_sample_takes_the_scale_of_its_own_step():
     layer.register_forward_hook(lambda _, args, result: seen.append(result[1]))
     student(torch.randn(4, 3, 32, 32), torch.tensor([0, 700, 999, 990]))
     assert torch.equal(seen[0], layer.log_s_x.exp()[[3, 1, 0, 0]]) and len(set(seen[0].tolist())) == 3
+
+
+def test_a_call_that_fails_takes_nobody_elses_step():
+    """A hook of somebody's that raises before the network knows its t; an input that it cannot compute."""
+    student, _ = quantized()
+    layer, x = student.mid1.conv1, torch.randn(2, 64, 4, 4)
+    with hqdm.at(torch.tensor(333), TIMES):
+        y = layer(x[:, :layer.activations.channels])
+        with pytest.raises(RuntimeError):
+            student(torch.zeros(2, 5, 32, 32), torch.tensor([0, 0]))
+        student.register_forward_pre_hook(lambda *_: 1 / 0, prepend=True)
+        with pytest.raises(ZeroDivisionError):
+            student(*some_input())
+        assert torch.equal(layer(x[:, :layer.activations.channels]), y)
 
 
 def test_a_copy_has_its_own_steps():
