@@ -249,6 +249,17 @@ def test_what_a_layer_is_without_being_asked():
         hqdm.walsh(x, 1, 0)
 
 
+def test_quantizers_are_of_use_alone():
+    """Taken out of the layer: H x on its grid times s_x is near H x, q_w - z times s_w near the weight; one step each."""
+    x, w = torch.randn(5, 32), torch.randn(8, 32)
+    a, b = hqdm.ActivationQuantizer(32, 8), hqdm.WeightQuantizer(w, 8)
+    hqdm.fit_scale(a, x)
+    (q_x, s_x), (q_w, s_w) = a(x), b()
+    assert a.log_s_x.shape == (1,) and b.lora_A.shape == (32, 32)
+    assert_close(s_x[:, None] * q_x, hqdm.hadamard(x), rtol=0, atol=0.03)
+    assert_close(s_w * q_w, w, rtol=0, atol=0.02)
+
+
 @pytest.mark.parametrize("rotation, k", [("none", 1), ("single", 32), ("double", 1)])
 def test_the_bound_of_a_layer(rotation, k):
     """taps x sqrt(k) x q_max x (2^bits - 1), each from the layer's own grid: 576 products at W4A3."""
@@ -312,6 +323,17 @@ def test_gradients_reach_everything_that_is_learned():
         new(x).square().mean().backward()
         assert all(p.grad.abs().sum() > 0 for p in learned(new))
         assert {id(p) for p in learned(new)} == {id(p) for p in new.parameters()}
+
+
+@pytest.mark.parametrize("rotation, view, dtype", [("none", "B", torch.int8), ("single", "B", torch.int16), ("single", "A", torch.int8)])
+def test_operands_are_as_narrow_as_they_can_be(rotation, view, dtype):
+    """q_w - z of 4 bits is within 15, and (q_w - z) R within 480: before freezing the format says so, later the weights."""
+    new, _, _ = layer("conv", rotation)
+    new.integer, new.view = True, view
+    assert new.operand()[0].dtype == dtype
+    new.freeze()
+    new.weights.q_w.fill_(0x88), new.weights.z_w.fill_(8)        # all integers 0
+    assert new.operand()[0].dtype == torch.int8 and not new.operand()[0].any()
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
