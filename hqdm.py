@@ -66,7 +66,7 @@ from einops import rearrange
 
 try:
     from plumbing.kernels import exact_or_said, full_float32, kept, kept_while_frozen, kernel
-except ModuleNotFoundError:                          # this file alone is complete, and slower
+except ModuleNotFoundError:                          # this file alone is complete, and slower: none changes a result
     kernel = kept = kept_while_frozen = exact_or_said = lambda definition: definition
     full_float32 = lambda device: torch.autocast(device.type, enabled=False)     # noqa: E731  bf16 keeps no integers
 torch.backends.nnpack.set_flags(False)               # on CPUs without oneDNN: Winograd's convolutions keep no integers
@@ -223,8 +223,8 @@ class ActivationQuantizer(nn.Module):
         TypeError where the network was cast: scales of half precision would be other scales, sums no integers.
         """
         if self.log_s_x.dtype != torch.float32:
-            raise TypeError(f"quantized layers compute in float32, not {self.log_s_x.dtype}: call network.float(); "
-                            "their inputs may have any precision")
+            raise TypeError(f"quantized layers compute in float32, not {self.log_s_x.dtype} (inputs may have any): "
+                            "call network.float(), and load the state_dict again, for its scales were rounded")
         self.calibrated = self.calibrated or bool(self.log_s_x.isfinite().all())
         if not self.calibrated:
             raise RuntimeError("activation scales are missing: calibrate the network first, or load a state_dict")
@@ -239,7 +239,7 @@ class WeightQuantizer(nn.Module):
 
     def __init__(self, weight, bits, rotation="single", block=32, rank=32, packed=False):
         super().__init__()
-        w, C_out = weight.detach().float(), len(weight)
+        w, C_out = weight.detach().float().clone(), len(weight)
         self.shape, self.bits, self.grid, self.frozen = w.shape, bits, make_grid(bits, symmetric=False), False
         if packed:
             self._hold(w.new_zeros(w.shape), w.new_ones(C_out, 1), w.new_zeros(C_out, 1))
@@ -323,10 +323,12 @@ class HQLayer(nn.Module):
         if rotation not in ROTATIONS or {wbits, abits} - {*range(2, 9)}:
             choice = f"2 to 8 bits and {', '.join(ROTATIONS)}"
             raise ValueError(f"W{wbits}A{abits} {rotation} does not exist; choose {choice}")
+        if {type(t) for t in timesteps} != {int} or len(set(timesteps)) < len(timesteps):
+            raise ValueError(f"timesteps {timesteps} are not one or more integers, each once")
         C_out, C_in, *size = layer.weight.shape
         self.activations = ActivationQuantizer(C_in, abits, rotation, block, len(timesteps))
         self.weights = WeightQuantizer(layer.weight, wbits, rotation, block, rank, packed)
-        self.register_buffer("bias", torch.zeros(C_out) if layer.bias is None else layer.bias.detach().float())
+        self.register_buffer("bias", torch.zeros(C_out) if layer.bias is None else layer.bias.detach().float().clone())
         self.k = block if rotation == "single" else 1            # 1: no R in the sum; that of double is in the weights
         self.integer, self.view = False, "B"
         self.bound = accumulator_bound(C_in * math.prod(size), self.activations.q_max, 2**wbits - 1, self.k)
@@ -378,7 +380,7 @@ class HQLayer(nn.Module):
         """The same by integer arithmetic: int32, or the output. In view A it is q_x that R turns, not the weight."""
         if self.view == "A" and self.k > 1:
             q_x = walsh(q_x, -1, self.k, dtype=narrow(self.k * self.activations.q_max))
-        return int_product(q_x, q_w, self.stride, self.padding, scales)
+        return int_product(q_x, q_w, self.stride, self.padding, scales).detach()         # they pass no gradient
 
     def freeze(self):
         """Round the weights for good and pack them; nothing is trained any more."""
@@ -436,6 +438,8 @@ def int_conv2d(q_x, q_w, stride=1, padding=0):
         raise TypeError("integer products take integer tensors, and one of these is float")
     if q_x.shape[-1] != q_w.shape[1]:
         raise ValueError(f"q_x has {q_x.shape[-1]} channels, q_w {q_w.shape[1]}")
+    if min(q_x.shape[1] - q_w.shape[2], q_x.shape[2] - q_w.shape[3]) + 2 * padding < 0:
+        raise ValueError(f"a filter {(*q_w.shape[2:],)} is larger than the picture {(*q_x.shape[1:3],)}")
     if (largest := int_max(q_x) * int_max(q_w) * q_w[0].numel()) >= 2**31:
         raise ValueError(f"sums could reach {largest:,}, past int32")
     return int_product(q_x, q_w, stride, padding)
@@ -529,18 +533,20 @@ def _leave(network, *_):                             # comes after an error, too
     _calls.steps = steps[:-1] if steps and steps[-1][0] is network else steps
 
 
-def _keep_nan(network, args, y):
+def _keep_nan(network, args, kwargs, y):
     """A network's hook: integers have no NaN, so in integer mode a sample that came with one gets it here."""
-    tensors = [v for v in (*args[:1], y) if torch.is_tensor(v) and len(v.shape) > 1]
-    if any(layer.integer for layer in layers(network)) and len(tensors) == 2 and len(tensors[0]) == len(y):
-        return torch.where(tensors[0].isnan().flatten(1).any(1).view(-1, *[1] * (y.ndim - 1)), math.nan, y)
+    if torch.is_tensor(y) and y.ndim > 1 and any(layer.integer for layer in layers(network)):
+        for x in (*args, *kwargs.values()):
+            if torch.is_tensor(x) and x.ndim > 1 and len(x) == len(y):
+                y = torch.where(x.isnan().flatten(1).any(1).view(-1, *[1] * (y.ndim - 1)), math.nan, y)
+    return y
 
 
 def time_of(args, kwargs={}):
-    """The t of a call network(x, t, ..): its second input, or the one named t. TypeError without it."""
+    """The t of a call network(x, t, ..): the input named t, or else the second. TypeError without it."""
     if len(args) < 2 and kwargs.get("t") is None:
         raise TypeError("a network with scales for several timesteps takes t: call network(x, t, ..)")
-    return args[1] if len(args) > 1 else kwargs["t"]
+    return kwargs["t"] if "t" in kwargs else args[1]
 
 
 def one_hot(t, timesteps):
@@ -605,7 +611,7 @@ def fit_scale(quantizer, x, step=0, samples=8192):
     span = v.amin().view(1, 1), v.amax().view(1, 1)              # the range of all values, the error of a sample
     pick = torch.randint(len(v), (samples,), generator=torch.Generator().manual_seed(0)).to(v.device)
     s, z = search_scale(v[pick][None], quantizer.grid, p=2, ends=not quantizer.symmetric, span=span)
-    quantizer.log_s_x[step] = s[0, 0].log()
+    quantizer.log_s_x[step] = s[0, 0].where(v.any(), 1.0).log()              # of zeros alone: 1, as good as any
     if not quantizer.symmetric:
         quantizer.z_x[step] = z[0, 0]
 
@@ -615,14 +621,20 @@ def calibrate(student, teacher, batches):
     """Set all activation scales and zero points from the float model's own activations, by least squared error.
 
     student: quantize_network of a copy of teacher. batches: one for each of the scheme's timesteps, a tuple of the
-    network's inputs, (x_t, t, y) for our UNet, with that t for all samples. Raises ValueError for other batches.
+    network's inputs, (x_t, t, y) for our UNet, with that t for all samples. Raises ValueError for other batches, and
+    for a layer that a call uses twice.
     """
-    times, twins, step = student.hqdm.timesteps, dict(teacher.named_modules()), None
-    left = list(times)
+    times, twins = student.hqdm.timesteps, dict(teacher.named_modules())
+    left, step, seen = list(times), None, set()
 
-    def fit(layer):
-        return lambda _, args: fit_scale(layer.activations, layer.channels_last(args[0]), step)
-    hooks = [twins[name].register_forward_pre_hook(fit(layer)) for name, layer in student.named_modules()
+    def fit(name, layer):
+        def look(_, args):
+            if name in seen:
+                raise ValueError(f"{name} is used twice in a call, and has one scale; leave it in float: skip={[name]}")
+            seen.add(name)
+            fit_scale(layer.activations, layer.channels_last(args[0]), step)
+        return look
+    hooks = [twins[name].register_forward_pre_hook(fit(name, layer)) for name, layer in student.named_modules()
              if isinstance(layer, HQLayer)]
     try:
         for batch in batches:
@@ -630,7 +642,7 @@ def calibrate(student, teacher, batches):
             if len(t) != 1 or t[0] not in left:
                 raise ValueError("calibrate takes one batch for each of the timesteps, with that t for all samples")
             left.remove(t[0])
-            step = times.index(t[0])
+            step, seen = times.index(t[0]), set()
             teacher(*batch)
     finally:
         for hook in hooks:
@@ -685,7 +697,7 @@ def quantize_network(network, scheme=Scheme(), eight_bits=None, skip=(), packed=
     meaning = [scheme.wbits, scheme.abits, ROTATIONS.index(scheme.rotation), scheme.block, *scheme.timesteps]
     network.register_buffer("hqdm_meaning", torch.tensor(meaning, device=layer.bias.device))
     network._register_load_state_dict_pre_hook(_check_meaning, with_module=True)
-    network.register_forward_hook(_keep_nan)
+    network.register_forward_hook(_keep_nan, with_kwargs=True)
     if len(scheme.timesteps) > 1:
         network.register_forward_pre_hook(_enter, with_kwargs=True)
         network.register_forward_hook(_leave, always_call=True)
@@ -705,7 +717,9 @@ def _check_meaning(network, state_dict, prefix, *_):
 def quantized_layer(network, name, scheme, packed):
     """The quantized form of a network's layer; ValueError where it could not take the layer's place."""
     layer = network.get_submodule(name)
-    if type(layer).forward not in (nn.Conv2d.forward, nn.Linear.forward):
+    own = {"forward", "_conv_forward"} & vars(layer).keys()      # what somebody gave to it, or to its class
+    own = own or isinstance(layer, nn.Conv2d) and type(layer)._conv_forward is not nn.Conv2d._conv_forward
+    if own or type(layer).forward not in (nn.Conv2d.forward, nn.Linear.forward):
         raise ValueError(f"a {type(layer).__name__} has no quantized form, only nn.Conv2d and nn.Linear have")
     if not name:
         raise ValueError("a lone layer cannot be replaced in place; put it into an nn.Sequential")

@@ -226,14 +226,18 @@ def test_scales_are_missed_where_they_are_missing():
     with hqdm.at(torch.tensor(0), (9, 0)):
         assert new(x).isfinite().all()
     x[0, 0] = float("inf")
-    with pytest.raises(ValueError, match="must be finite"):
-        fit(new, x)
+    for wrong in (x, torch.ones(2, 8)):
+        with pytest.raises(ValueError, match="must be finite and end in 32 channels"):
+            fit(new, wrong)
+    fit(new, torch.zeros(2, 32), step=1)             # as a t of 0 gives: a scale that later values can live with
+    assert new.activations.log_s_x[1] == 0
 
 
 @pytest.mark.parametrize("scheme, message", [
     (dict(wbits=1), "W1A4"), (dict(abits=9), "2 to 8 bits"), (dict(wbits=32), "2 to 8 bits"), (dict(rotation="triple"), "none, single"),
     (dict(block=128), "64 channels are not a multiple of the Hadamard block 128"), (dict(block=12), "not a power of two"),
-    (dict(block=0), "not a power of two")])
+    (dict(block=0), "not a power of two"), (dict(timesteps=(5, 5)), "each once"), (dict(timesteps=(0.5, 0)), "integers"),
+    (dict(timesteps=()), "one or more")])
 def test_bad_arguments_are_refused(scheme, message):
     with pytest.raises(ValueError, match=message):
         hqdm.HQLinear(nn.Linear(64, 8), hqdm.Scheme(**scheme))
@@ -296,8 +300,9 @@ def test_weight_scales_are_the_searched_ones():
 
 
 def test_lora_changes_nothing_at_the_start():
-    """B = 0: any rank gives the layer without LoRA, and only B has a gradient at first."""
+    """B = 0: any rank gives the layer without LoRA, and only B has a gradient at first. A is as nn.Linear starts."""
     (one, x, _), (big, _, _) = layer(rank=1), layer(rank=32)
+    assert 0.99 < big.weights.lora_A.abs().max() * math.sqrt(576) <= 1
     assert torch.equal(one(x), big(x))
     big(x).square().sum().backward()
     assert big.weights.lora_B.grad.abs().sum() > 0 and big.weights.lora_A.grad.abs().sum() == 0
@@ -488,6 +493,23 @@ def test_a_cast_network_is_refused_in_words(dtype):
     with pytest.raises(TypeError, match="compute in float32, not torch.*call network.float"):
         new.to(dtype)(x)
     assert_close(new.float()(x), y, rtol=0.2, atol=0.5)
+
+
+def test_a_layer_owns_its_numbers():
+    """What is done to the float layer afterwards does not reach the quantized one."""
+    new, x, plain = layer()
+    y = new(x)
+    with torch.no_grad():
+        plain.weight.zero_(), plain.bias.zero_()
+    assert torch.equal(new(x), y)
+
+
+def test_integers_pass_no_gradient():
+    """A training that forgot to leave integer mode fails at its first backward, rather than learn half of it."""
+    new, x, _ = layer()
+    new.integer = True
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        new(x).sum().backward()
 
 
 def test_no_bias_is_a_bias_of_zero():

@@ -72,6 +72,8 @@ def test_what_has_no_integer_product_is_refused():
     with pytest.raises(ValueError, match="q_x has 5 channels, q_w 8"):
         hqdm.int_conv2d(q_x[..., :5], q_w)
     assert hqdm.int_conv2d(q_x * 2**14, q_w * (2**14 - 1))[0, 0, 0, 0] == 2**17 * (2**14 - 1)
+    with pytest.raises(ValueError, match=r"a filter \(3, 1\) is larger than the picture \(2, 2\)"):
+        hqdm.int_conv2d(q_x, q_w.expand(8, 8, 3, 1))
     with pytest.raises(ValueError, match="2,147,483,648, past int32"):
         hqdm.int_conv2d(q_x * 2**14, -q_w * 2**14)
     with pytest.raises(ValueError, match="integers up to 268,435,456"):
@@ -279,7 +281,8 @@ def test_a_nan_is_one_in_integers_too(unet):
     x[1, 0, 3, 3] = math.nan
     for on in (False, True):
         hqdm.set_integer(unet, on)
-        assert unet(x, t)[1].isnan().all() and torch.equal(unet(x, t)[0], y[0])
+        for out in (unet(x, t), unet(x=x, t=t)):
+            assert out[1].isnan().all() and torch.equal(out[0], y[0])
 
 
 @pytest.mark.parametrize("end", [lambda y: (y, y), lambda y: y.sum(), lambda y: y[:1], lambda y: y])

@@ -17,9 +17,13 @@ def test_size_and_widths():
     layers = [(name, m) for name, m in unet.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     assert len(layers) > 81 and all(m.weight.shape[1] % 32 == 0 for name, m in layers if name != "conv_in")
     for wrong, message in ((dict(channels=48), "channels = 48 is not a multiple of 32"), (dict(size=30), "size = 30 .* 3 times"),
+                           (dict(size=6, mults=(1, 1, 1)), "size = 6 .* 2 times"), (dict(size=0), "size = 0"),
                            (dict(blocks=0), "0 blocks"), (dict(mults=()), "blocks")):
         with pytest.raises(ValueError, match=message):
             U.UNet(**wrong)
+    for size, mults in ((12, (1, 1, 1)), (1, (1,)), (8, (1, 1, 1, 1))):      # as small as they can be
+        assert U.UNet(channels=32, mults=mults, blocks=1, attention=(), size=size).config["size"] == size
+    assert sum(isinstance(m, U.Attention) for m in unet.modules()) == 2 + 1 + 3              # down, middle, up, at 16 x 16
 
 
 def test_shapes_and_labels(unet):
@@ -102,6 +106,22 @@ def test_timesteps():
     for steps in (0, 1001):
         with pytest.raises(ValueError, match="outside 1 .. 1000"):
             U.ddim_timesteps(steps)
+
+
+def test_time_and_class_are_added(unet):
+    """What every block reads is silu(mlp(time) + the class's row)."""
+    seen, t, y = [], torch.tensor([3, 700]), torch.tensor([1, 10])
+    unet.mid1.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+    unet(torch.randn(2, 3, 32, 32), t, y)
+    emb = unet.time_mlp(U.time_embedding(t, 32)) + unet.class_emb.weight[y]
+    assert_close(seen[0], emb * emb.sigmoid())
+
+
+def test_group_norm_of_hardly_any_spread():
+    """Where the variance is no larger than eps, eps halves it rather than doubles it."""
+    x, one = 0.003 * torch.randn(2, 64, 5, 4), torch.ones(64)
+    exact = nn.functional.group_norm(x.double(), 32, one.double(), 0 * one.double(), 1e-5)
+    assert_close(U.group_norm(x, 32, one, 0 * one, 1e-5).double(), exact, rtol=1e-3, atol=1e-4)
 
 
 def test_guidance(unet):
@@ -205,17 +225,16 @@ def test_noise_comes_from_the_generator():
 
 def test_noise_of_eta_1_is_ddpm_noise():
     """With eta = 1 and every time visited, sigma^2 is DDPM's posterior variance beta_t (1 - abar_s) / (1 - abar_t)."""
-    x_0 = torch.zeros(64, 3, 32, 32, dtype=torch.float64)
+    x_0 = torch.zeros(8, 3, 32, 32, dtype=torch.float64)
     steps = U.ddim(Oracle(x_0), torch.randn_like(x_0), steps=1000, eta=1.0, generator=torch.Generator().manual_seed(0))
     abar, before = U.alpha_bars().double(), None
     for t, x, eps, _ in steps:
         if before is not None:
             a_t, a_s = abar[t + 1], abar[t]
             sigma = ((1 - a_t / a_s) * (1 - a_s) / (1 - a_t)).sqrt()
-            assert_close((x - (1 - a_s - sigma**2).sqrt() * before).std(), sigma, rtol=0.02, atol=0)
+            assert_close((x - (1 - a_s - sigma**2).sqrt() * before).std(), sigma, rtol=0.03, atol=0)
         before = eps
-        if t < 990:
-            break
+    assert t == 0
 
 
 def test_believed_images_are_clamped():

@@ -130,6 +130,16 @@ class OwnForward(torch.nn.Conv2d):
         return super().forward(x) * 2
 
 
+class Standardized(torch.nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight / weight.std(), bias)
+
+
+def patched(layer):
+    layer.forward = lambda x: x
+    return layer
+
+
 def hooked(layer):
     layer.register_forward_hook(lambda *_: None)
     return layer
@@ -139,6 +149,7 @@ def hooked(layer):
     (torch.nn.ConvTranspose2d(32, 32, 2), "ConvTranspose2d has no"), (torch.nn.Conv1d(32, 32, 1), "Conv1d has no"),
     (torch.nn.Conv3d(32, 32, 1), "Conv3d has no"), (torch.nn.MultiheadAttention(32, 2), "MultiheadAttention has no"),
     (torch.nn.LSTM(32, 32), "LSTM has no"), (OwnForward(32, 32, 1), "OwnForward has no"),
+    (Standardized(32, 32, 1), "Standardized has no"), (patched(torch.nn.Linear(32, 32)), "a Linear has no"),
     (hooked(torch.nn.Linear(32, 32)), "hooks"), (torch.nn.Conv2d(32, 32, 3, groups=2), "groups 1"),
     (torch.nn.Conv2d(48, 32, 1), "48 channels are not a multiple")])
 def test_what_has_no_quantized_form_is_named(odd, message):
@@ -194,6 +205,26 @@ def test_networks_of_other_shapes_of_call():
     assert torch.equal(two(x, torch.tensor([9] * 4)), two(x, t=9)) and not torch.equal(two(x, 9), two(x, 0))
     with pytest.raises(TypeError, match="takes t"):
         two(x)
+
+
+def test_a_layer_used_twice_is_refused():
+    """One scale for two inputs would be that of the last: calibrate names the layer and the remedy."""
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = torch.nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.a(self.a(x))
+    student = Twice()
+    hqdm.quantize_network(student)
+    with pytest.raises(ValueError, match=r"a is used twice .*skip=\['a'\]"):
+        hqdm.calibrate(student, Twice(), [(torch.randn(2, 32),)])
+
+
+def test_t_by_name_comes_first():
+    """network(x, labels, t=t): the second input is no t where one is named so."""
+    assert hqdm.time_of((1, 2), {"t": 3}) == 3 and hqdm.time_of((1, 2)) == 2 and hqdm.time_of((1,), {"t": 0}) == 0
 
 
 def test_calibration_makes_the_difference():
