@@ -114,10 +114,11 @@ def download_cifar10(dir="data", url=CIFAR10_URL):
                 raise
 
 
-def fetch(url, path, slowest=20_000):
+def fetch(url, path, slowest=60_000):
     """url -> a file at path. ConnectionError for what the network does wrong, under `slowest` bytes a second included.
 
     What a slow host sends drop by drop never times out: so the speed since the start is watched, from half a minute on.
+    At the slowest the archive takes 47 minutes; the other processes of a torchrun wait for an hour (start_processes).
     """
     began = said = time.time()
     try:

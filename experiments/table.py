@@ -7,6 +7,7 @@ scores.json, scores-200.json, scores-pool.json    sample.py --score wrote them; 
 NAME.json                                         metrics.json of the run that made the checkpoint NAME
 teacher-curve.json                                what the teacher's EMA drew on the way
 teacher-plain.json, teacher-plain-curve.json      the same of a run without dropout
+mutants-*.json                                    tests/mutants.py wrote them; the reasons are by hand
 bench, curve, exact-cpu, exact-cuda, options, overfit, overfit-dropout, rates, real, spacing
                                                   what bench.py, curve.py, exact.py .. measured
 """
@@ -258,9 +259,19 @@ def speed():
     return "\n".join([lines[0], "|---|---|---|---|", *lines[1:], "", note]) + "\n"
 
 
+def mutants():
+    """Markdown: what the tests do not notice, from mutants-*.json, with a reason each, written there by hand."""
+    reports = [read(f"mutants-{name}.json") for name in ("hqdm", "unet", "sample")]
+    lines = [", ".join(f"{r['module']} {r['tried'] - len(r['survivors'])} of {r['tried']}" for r in reports) +
+             f" random changes of one token are noticed (`python tests/mutants.py`, seed {reports[0]['seed']}). Not noticed:\n"]
+    lines += [f"- `{r['module']}`, `{s['text'].partition('  #')[0]}`: `{s['old']}` -> `{s['new']}`: {s['why']}"
+              for r in reports for s in r["survivors"]]
+    return "\n".join(lines) + "\n"
+
+
 PAGES = {HERE.parent / "README.md": {"results": results},
          HERE / "README.md": {"earlier": earlier, "short": short, "teacher": teacher, "findings": findings,
-                              "exact": exact, "speed": speed}}
+                              "exact": exact, "speed": speed, "mutants": mutants}}
 
 
 def markers(name):

@@ -6,7 +6,7 @@
 Changed are operators, comparisons, numbers, True and False, min and max, not docstrings and messages. Each mutant runs
 in a copy of the repository; tests stop at the first failure or after five minutes, which counts as noticed. What
 survives is printed with its line: some are equivalent (the program means the same), the others show a missing test.
-A run that was cut off goes on from its --out.
+A run that was cut off goes on from its --out; what survived there is tried again first, for the tests may have grown.
 """
 import ast
 import io
@@ -81,18 +81,25 @@ def main():
     report = {"module": args.module, "seed": args.seed, "possible": len(chosen), "tried": 0, "survivors": []}
     if args.out and Path(args.out).is_file():
         report = json.loads(Path(args.out).read_text())
+    lines = [line.strip() for line in source.splitlines()]
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp) / "copy"
         shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "runs", "data", "__pycache__"))
+        for s in list(report["survivors"]):          # where its line is gone, so is the mutant
+            s["line"] = lines.index(s["text"]) + 1 if s["text"] in lines else None
+            if not s["line"] or noticed(folder, args.module, source, (s["line"], s["column"], s["old"], s["new"])):
+                report["survivors"].remove(s)
         for mutant in chosen[report["tried"]:args.n]:
             report["tried"] += 1
             if not noticed(folder, args.module, source, mutant):
                 row, column, old, new = mutant
-                text = source.splitlines()[row - 1].strip()
-                report["survivors"].append({"line": row, "column": column, "old": old, "new": new, "text": text})
-                print(f"{args.module}:{row}:{column}: {old} -> {new or 'nothing'}:  {text}", flush=True)
+                found = {"line": row, "column": column, "old": old, "new": new, "text": lines[row - 1]}
+                report["survivors"].append(found)
+                print(f"{args.module}:{row}:{column}: {old} -> {new or 'nothing'}:  {found['text']}", flush=True)
             if args.out:
                 write_json(args.out, report)
+        if args.out:
+            write_json(args.out, report)
     left = len(report["survivors"])
     print(f"{args.module}: {report['tried']} mutants of {report['possible']}, {report['tried'] - left} noticed, {left} not")
 

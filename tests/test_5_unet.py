@@ -102,6 +102,7 @@ def test_ddim_finds_what_a_perfect_network_knows(steps, eta):
 def test_timesteps():
     """From 999 to 0, evenly and rounded; at most all 1,000; another number of steps is refused."""
     assert U.ddim_timesteps(50).tolist() == [round(999 - 999 * i / 49) for i in range(50)]
+    assert sum(1 for _ in U.ddim(Linear(1), torch.zeros(1, 3, 1, 1))) == 50                   # where nobody says how many
     assert U.ddim_timesteps(1).tolist() == [999] and U.ddim_timesteps(1000).tolist() == list(range(999, -1, -1))
     for steps in (0, 1001):
         with pytest.raises(ValueError, match="outside 1 .. 1000"):
