@@ -348,6 +348,7 @@ def run_folder(out, name, resume):
             yield folder
         finally:
             if world()[0] == 0:
+                locks.close()                        # Windows removes no open file
                 (folder / ".lock").unlink(missing_ok=True)
                 if not existed and folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()

@@ -578,7 +578,9 @@ def test_draw():
     net = Net()
     whole, labels = sample.draw(net, 5, 3, seed=7)
     assert [t for t, _ in net.seen] == [999, 500, 0] and labels.tolist() == [0, 1, 2, 3, 4]
-    assert torch.equal(sample.draw(net, 5, 3, seed=7, batch=2)[0], whole)
+    done = []                                                    # in pictures, after each step of each batch
+    assert torch.equal(sample.draw(net, 5, 3, seed=7, batch=2, progress=done.append)[0], whole)
+    assert_close(torch.tensor(done), torch.tensor([2, 4, 6, 8, 10, 12, 13, 14, 15]) / 3)
     share = sample.draw(net, 5, 3, seed=7, rows=slice(1, None, 2))
     assert torch.equal(share[0], whole[1::2]) and share[1].tolist() == [1, 3]
     assert not torch.equal(sample.draw(net, 5, 3)[0], whole) and sample.draw(net, 2, 3, label=0)[1].tolist() == [0, 0]
