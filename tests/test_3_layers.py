@@ -330,14 +330,15 @@ def test_gradients_reach_everything_that_is_learned():
         assert {id(p) for p in learned(new)} == {id(p) for p in new.parameters()}
 
 
-@pytest.mark.parametrize("rotation, view, dtype", [("none", "B", torch.int8), ("single", "B", torch.int16), ("single", "A", torch.int8)])
-def test_operands_are_as_narrow_as_they_can_be(rotation, view, dtype):
+@pytest.mark.parametrize("rotation, wbits, view, dtype", [
+    ("none", 5, "B", torch.int8), ("single", 4, "B", torch.int16), ("single", 4, "A", torch.int8), ("none", 8, "B", torch.int16)])
+def test_operands_are_as_narrow_as_they_can_be(rotation, wbits, view, dtype):
     """q_w - z of 4 bits is within 15, and (q_w - z) R within 480: before freezing the format says so, later the weights."""
-    new, _, _ = layer("conv", rotation)
+    new, _, _ = layer("conv", rotation, wbits)
     new.integer, new.view = True, view
     assert new.operand()[0].dtype == dtype
     new.freeze()
-    new.weights.q_w.fill_(0x88), new.weights.z_w.fill_(8)        # all integers 0
+    new.weights.q_w.fill_(0x88 if wbits == 4 else 8), new.weights.z_w.fill_(8)       # all integers 0
     assert new.operand()[0].dtype == torch.int8 and not new.operand()[0].any()
 
 

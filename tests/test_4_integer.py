@@ -226,6 +226,10 @@ def test_sums_too_long_are_refused():
     """Before anything runs: sums that could pass 2^31."""
     with pytest.raises(ValueError, match="past int32"):
         hqdm.HQLinear(nn.Linear(2**15, 1), hqdm.Scheme(8, 8))
+    largest = (2**31 - 1) // 255**2                  # products of two 8-bit numbers
+    assert hqdm.HQLinear(nn.Linear(largest, 1), hqdm.Scheme(8, 8, "none"), packed=True).bound < 2**31
+    with pytest.raises(ValueError, match="past int32"):
+        hqdm.HQLinear(nn.Linear(largest + 1, 1), hqdm.Scheme(8, 8, "none"), packed=True)
 
 
 def test_oblong_pictures_and_filters():
@@ -233,6 +237,11 @@ def test_oblong_pictures_and_filters():
     q_x, q_w = torch.randint(-7, 8, (2, 6, 9, 5)), torch.randint(-9, 10, (3, 5, 3, 1))
     for product in (hqdm.int_conv2d, hqdm.int_product.__wrapped__):
         assert torch.equal(product(q_x, q_w, 2, 1).long(), conv_int64(q_x, q_w, 2, 1))
+
+
+def test_the_smallest_block():
+    """Blocks of 2 are rotated, too, in both views."""
+    check(hqdm.HQLinear(nn.Linear(32, 8), hqdm.Scheme(block=2)), torch.randn(4, 32), "cpu")
 
 
 def test_weights_that_are_all_alike():

@@ -695,6 +695,8 @@ def test_grids_show_the_pictures(tmp_path):
         for i, picture in enumerate(pictures):
             top, left = (block + 1) * 28 + block * 128 + i // 3 * 64, i % 3 * 64         # title 28 pixels, rows 64
             assert torch.equal(png[:, top:top + 64:2, left:left + 64:2], picture)
+    sample.save_grids(tmp_path / "g.png", {"a": a, "b": a[:3]})
+    assert read_png(tmp_path / "g.png").shape[2] == 5 * 64       # as wide as the longest row
 
 
 # ---------------------------------------------------------------- the bundled files
