@@ -262,8 +262,8 @@ def speed():
 def mutants():
     """Markdown: what the tests do not notice, from mutants-*.json, with a reason each, written there by hand."""
     reports = [read(f"mutants-{name}.json") for name in ("hqdm", "unet", "sample")]
-    lines = [", ".join(f"{r['module']} {r['tried'] - len(r['survivors'])} of {r['tried']}" for r in reports) +
-             f" random changes of one token are noticed (`python tests/mutants.py`, seed {reports[0]['seed']}). Not noticed:\n"]
+    shares = (f"{r['tried'] - len(r['survivors'])} of {r['tried']} in {r['module']} (seed {r['seed']})" for r in reports)
+    lines = [f"Random changes of one token that the tests notice: {', '.join(shares)}. Not noticed:\n"]
     lines += [f"- `{r['module']}`, `{s['text'].partition('  #')[0]}`: `{s['old']}` -> `{s['new']}`: {s['why']}"
               for r in reports for s in r["survivors"]]
     return "\n".join(lines) + "\n"

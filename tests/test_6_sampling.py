@@ -583,6 +583,7 @@ def test_draw():
     assert_close(torch.tensor(done), torch.tensor([2, 4, 6, 8, 10, 12, 13, 14, 15]) / 3)
     share = sample.draw(net, 5, 3, seed=7, rows=slice(1, None, 2))
     assert torch.equal(share[0], whole[1::2]) and share[1].tolist() == [1, 3]
+    assert torch.equal(sample.draw(net, 5, 3)[0], sample.draw(net, 5, 3, seed=0)[0])
     assert not torch.equal(sample.draw(net, 5, 3)[0], whole) and sample.draw(net, 2, 3, label=0)[1].tolist() == [0, 0]
 
 
