@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import hqdm
-from conftest import DEVICES, ROOT
+from conftest import DEVICES, ROOT, tiny_unet
 from plumbing import kernels
 
 
@@ -280,8 +280,9 @@ def test_what_does_not_pack_is_refused():
             hqdm.pack_weights(torch.tensor([1.0, wrong]), bits)
 
 
-def test_a_nan_is_one_in_integers_too(unet):
+def test_a_nan_is_one_in_integers_too():
     """Integers have no NaN: a sample that came with one leaves with one in both modes, the others as they were."""
+    unet = tiny_unet()
     teacher = copy.deepcopy(unet)
     hqdm.quantize_network(unet, hqdm.Scheme(4, 3, timesteps=(9, 0)))
     x, t = torch.randn(2, 3, 32, 32), torch.tensor([9, 0])

@@ -537,10 +537,19 @@ def test_resume_is_exact(kind, finished, teacher_file, tmp_path, monkeypatch):
             train.main(argv + [str(cut), "--resume"])
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)])
-def test_a_polite_kill_saves_and_the_run_goes_on(sent, finished, teacher_file, tmp_path, monkeypatch, capsys):
-    """SIGTERM, or the end of an ssh session, in the middle: exit code 130, the step done and saved, with the losses of a run that was not killed."""
-    stop_at(monkeypatch, 3, lambda: os.kill(os.getpid(), sent))
+def test_what_stops_politely():
+    """Ctrl-C, a kill, the end of an ssh session; afterwards they mean what they meant before."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        before = signal.getsignal(sent := getattr(signal, name, signal.SIGTERM))
+        with runs.stop_politely() as stop:
+            os.kill(os.getpid(), sent)
+            assert stop
+        assert signal.getsignal(sent) == before
+
+
+def test_a_polite_kill_saves_and_the_run_goes_on(finished, teacher_file, tmp_path, monkeypatch, capsys):
+    """SIGTERM in the middle: exit code 130, the step done and saved, with the losses of a run that was not killed."""
+    stop_at(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert refused(arguments(teacher_file, tmp_path)) == 130 and "stopped after step 4" in capsys.readouterr().out
     killed, all_ = (runs.read_checkpoint(out / "last.pt")["losses"] for out in (tmp_path, finished))
     assert len(killed) == 4 and killed == all_[:4]               # the rest: test_resume_is_exact
