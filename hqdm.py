@@ -534,7 +534,10 @@ def _leave(network, *_):                             # comes after an error, too
 
 
 def _keep_nan(network, args, kwargs, y):
-    """A network's hook: integers have no NaN, so in integer mode a sample that came with one gets it here."""
+    """A network's hook: integers have no NaN, so in integer mode a sample that came with one gets it here.
+
+    One that arises between two layers of a network becomes a number there.
+    """
     if torch.is_tensor(y) and y.ndim > 1 and any(layer.integer for layer in layers(network)):
         for x in (*args, *kwargs.values()):
             if torch.is_tensor(x) and x.ndim > 1 and len(x) == len(y):

@@ -10,12 +10,12 @@ cd "$(dirname "$0")/.."
 where=$(mktemp -d) failed=0
 trap 'rm -rf "$where"' EXIT
 for pair in "$@"; do
-    python=${pair%%:*} torch=${pair##*:} start=$SECONDS
-    "python$python" -m venv "$where/$pair"
+    python=${pair%%:*} torch=${pair##*:} env=$where/$torch
+    "python$python" -m venv "$env"
     # shellcheck disable=SC2086
-    "$where/$pair/bin/pip" install -q ${PIP_ARGS:-} "torch==$torch" -r <(grep -v '^torch' requirements.txt)
+    "$env/bin/pip" install -q ${PIP_ARGS:-} "torch==$torch" -r requirements.txt
     start=$SECONDS
-    "$where/$pair/bin/python" -m pytest -q -p no:cacheprovider || failed=1
+    "$env/bin/python" -m pytest -q -p no:cacheprovider || failed=1
     echo "Python $python, torch $torch: $((SECONDS - start)) s"
 done
 exit $failed
