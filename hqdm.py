@@ -212,10 +212,19 @@ class ActivationQuantizer(nn.Module):
 
     def forward(self, x, dtype=torch.float32):
         self.check_calibrated()
-        s, z = at_step(self.log_s_x.exp(), len(x)), None         # t is the call's: section 5
-        if not self.symmetric:                       # off the grid z_x would take 0.0 with it: zero padding is exact
-            z = at_step(clamp_ste(round_ste(self.z_x), *self.grid), len(x))
+        s, z = (v if v is None else at_step(v, len(x)) for v in self.scales())       # t is the call's: section 5
         return rotate_and_quantize(x, s, z, self.grid, self.block, dtype), s
+
+    @kept_while_frozen
+    def scales(self):
+        """s_x and z_x (None: 0) of all steps, (S,) each. Off the grid z_x would take 0.0 with it: padding is exact."""
+        return self.log_s_x.exp(), None if self.symmetric else clamp_ste(round_ste(self.z_x), *self.grid)
+
+    def freeze(self):
+        """Nothing is trained any more: buffers instead of parameters, of the same names."""
+        for name, p in list(self.named_parameters()):
+            delattr(self, name)
+            self.register_buffer(name, p.detach())
 
     def check_calibrated(self):
         """RuntimeError while a step has no scale. Asked until it has: to look means to wait for the device.
@@ -334,6 +343,8 @@ class HQLayer(nn.Module):
         self.bound = accumulator_bound(C_in * math.prod(size), self.activations.q_max, 2**wbits - 1, self.k)
         if self.bound >= 2**31:
             raise ValueError(f"sums at W{wbits}A{abits} could reach {self.bound:,}, past int32")
+        if packed:
+            self.activations.freeze()
         self.to(layer.weight.device)
 
     def forward(self, x):
@@ -348,27 +359,26 @@ class HQLayer(nn.Module):
     def dtype(self):                                 # of q_x
         return narrow(self.activations.q_max) if self.integer else torch.float32
 
+    @kept_while_frozen
     def operand(self):
         """What q_x is multiplied with: (q_w - z) R, without R in view A of integers; and s_w / sqrt(k), (C_out,).
 
-        Of frozen weights the first is made once, and again when they change. Integers have the smallest dtype that
-        holds them. Floats are float64 where sums of frozen weights could round in float32; in training, float32.
+        Integers have the smallest dtype that holds them. Floats are float64 where sums of frozen weights could round in
+        float32; in training, float32.
         """
-        return self._operand(), self.weights.scale().flatten() / math.sqrt(self.k)
-
-    @kept_while_frozen
-    def _operand(self):                              # see there
-        q_w, frozen = self.weights.integers(), self.weights.frozen
+        (q_w, s_w), frozen = self.weights(), self.weights.frozen
+        s_w = s_w.flatten() / math.sqrt(self.k)
         if q_w.ndim == 4:                                        # laid out as the images are
             q_w = q_w.contiguous(memory_format=torch.channels_last)
         k = 1 if self.integer and self.view == "A" else self.k
         q_w = walsh(q_w, 1, k) if k > 1 else q_w
         if self.integer:
             largest = int(q_w.abs().max()) if frozen else k * (2**self.scheme.wbits - 1)
-            return q_w.detach().to(narrow(largest))
+            return q_w.detach().to(narrow(largest)), s_w
         # No sum, whole or partial, is larger than this. A GPU's TF32 units also want operands of 11 bits.
         largest = int(q_w.abs().flatten(1).sum(1).max()) * self.activations.q_max if frozen else 0
-        return q_w.double() if largest >= 2**24 or (largest and q_w.is_cuda and q_w.abs().max() > 2**11) else q_w
+        wide = largest >= 2**24 or largest and q_w.is_cuda and q_w.abs().max() > 2**11
+        return q_w.double() if wide else q_w, s_w
 
     @exact_or_said
     def multiply(self, q_x, q_w, scales=None):
@@ -385,7 +395,7 @@ class HQLayer(nn.Module):
     def freeze(self):
         """Round the weights for good and pack them; nothing is trained any more."""
         self.weights.freeze()
-        self.requires_grad_(False)
+        self.activations.freeze()
 
     @staticmethod
     def channels_last(x):
@@ -440,9 +450,10 @@ def int_conv2d(q_x, q_w, stride=1, padding=0):
         raise ValueError(f"q_x has {q_x.shape[-1]} channels, q_w {q_w.shape[1]}")
     if min(q_x.shape[1] - q_w.shape[2], q_x.shape[2] - q_w.shape[3]) + 2 * padding < 0:
         raise ValueError(f"a filter {(*q_w.shape[2:],)} is larger than the picture {(*q_x.shape[1:3],)}")
-    if (largest := int_max(q_x) * int_max(q_w) * q_w[0].numel()) >= 2**31:
+    x_max, w_max = int_max(q_x), int_max(q_w)
+    if (largest := x_max * w_max * q_w[0].numel()) >= 2**31:
         raise ValueError(f"sums could reach {largest:,}, past int32")
-    return int_product(q_x, q_w, stride, padding)
+    return int_product(q_x.to(narrow(x_max)), q_w.to(narrow(w_max)), stride, padding)
 
 
 def int_max(q):
@@ -452,7 +463,7 @@ def int_max(q):
 
 @kernel
 def int_product(q_x, q_w, stride=1, padding=0, scales=None):
-    """int_conv2d of operands that are known to fit; with scales, not the sums but scale_and_bias of them."""
+    """int_conv2d of operands known to fit, of the dtypes narrow says; with scales, not the sums but scale_and_bias."""
     if q_x.device.type != "cpu":
         raise ValueError(f"integers run on the cpu, and on cuda with plumbing/kernels.py; not on {q_x.device.type}")
     (kh, kw), q_x = q_w.shape[2:], F.pad(q_x.to(torch.int32), (0, 0) + (padding,) * 4)

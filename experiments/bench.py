@@ -209,7 +209,7 @@ def prepare(make, device, calls=5):
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     run = make()
-    for _ in range(calls):                           # recording happens in the fourth
+    for _ in range(calls):                           # recording happens in the second
         run()
     torch.cuda.synchronize()
     return run, round((torch.cuda.max_memory_allocated() - before) / 2**30, 2)

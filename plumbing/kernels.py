@@ -118,21 +118,22 @@ def kept(make):
 
 
 def kept_while_frozen(make):
-    """Decorator: make(layer), once its weights are frozen, anew only where its mode or one of its tensors changed."""
-    memory = weakref.WeakKeyDictionary()             # not the layer's own: copies and pickles begin with nothing
+    """Decorator: make(module) -> tensors; once it has nothing to train, anew only where a mode or tensor changed."""
+    memory = weakref.WeakKeyDictionary()             # not the module's own: copies and pickles begin with nothing
 
     @functools.wraps(make)
-    def remember(layer):
-        mode, buffers = (layer.integer, layer.view), list(layer.weights.buffers())
-        if torch.compiler.is_compiling() or not layer.weights.frozen or any(v.is_inference() for v in buffers):
-            return make(layer)                       # (tensors of inference mode do not say when they are written to)
-        tensors = [(v, v._version) for v in buffers]
-        last_mode, last_tensors, result = memory.get(layer, (None, (), None))
+    def remember(module):
+        buffers = list(module.buffers())
+        if (torch.compiler.is_compiling() or next(module.parameters(), None) is not None
+                or any(v.is_inference() for v in buffers)):      # those do not say when they are written to
+            return make(module)
+        mode, tensors = [vars(module).get(n) for n in ("integer", "view")], [(v, v._version) for v in buffers]
+        last_mode, last_tensors, result = memory.get(module, (None, (), None))
         if mode != last_mode or any(a is not b or i != j for (a, i), (b, j) in zip(tensors, last_tensors)):
             with torch.inference_mode(False):
-                result = make(layer)
-            if type(result) is torch.Tensor:
-                memory[layer] = mode, tensors, result
+                result = make(module)
+            if type(result[0]) is torch.Tensor:      # not an exporter's stand-in
+                memory[module] = mode, tensors, result
         return result
     return remember
 
@@ -310,14 +311,13 @@ if triton is not None:
         """Integers x (B, h, w, C), w (outs, taps, C) -> y (pixels, outs): int32, or float32 sums * (s_x s_w) + bias.
 
         Each program sums PIXELS x OUTS outputs over taps and channels; no patches are copied. Integer units take int8:
-        wide operands (int16) are cut into x = low + 256 high, low their last byte, signed; the three shifts are summed
-        apart.
+        wide operands (int16, of up to 14 bits) are cut into x = low + 128 high; the three shifts are summed apart.
         """
         pixel, out = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS), tl.program_id(1) * OUTS + tl.arange(0, OUTS)
         b, i, j = pixel // (h_out * w_out), pixel // w_out % h_out * stride - padding, pixel % w_out * stride - padding
         picture, chunks = x_ptr + b.to(tl.int64) * (h * w * C), tl.cdiv(C, CHANNELS)
         acc = tl.zeros((PIXELS, OUTS), tl.int32)
-        acc8, acc16 = acc, acc                                   # narrow operands leave them 0: the compiler drops them
+        acc7, acc14 = acc, acc                                   # narrow operands leave them 0: the compiler drops them
         for k in range(taps * chunks):
             tap, c = k // chunks, k % chunks * CHANNELS + tl.arange(0, CHANNELS)
             y, x = i + tap // kw, j + tap % kw
@@ -326,17 +326,19 @@ if triton is not None:
                           inside[:, None] & (c < C)[None, :], other=0)
             q_w = tl.load(w_ptr + ((out * taps + tap) * C)[None, :] + c[:, None],
                           (out < outs)[None, :] & (c < C)[:, None], other=0)
-            low_x, low_w = q_x.to(tl.int8), q_w.to(tl.int8)
+            low_x, low_w = q_x, q_w
+            if WIDE_X:
+                low_x, high_x = (q_x & 127).to(tl.int8), (q_x >> 7).to(tl.int8)
+            if WIDE_W:
+                low_w, high_w = (q_w & 127).to(tl.int8), (q_w >> 7).to(tl.int8)
             acc = tl.dot(low_x, low_w, acc, out_dtype=tl.int32)
             if WIDE_X:
-                high_x = ((q_x + 128) >> 8).to(tl.int8)
-                acc8 = tl.dot(high_x, low_w, acc8, out_dtype=tl.int32)
+                acc7 = tl.dot(high_x, low_w, acc7, out_dtype=tl.int32)
             if WIDE_W:
-                high_w = ((q_w + 128) >> 8).to(tl.int8)
-                acc8 = tl.dot(low_x, high_w, acc8, out_dtype=tl.int32)
+                acc7 = tl.dot(low_x, high_w, acc7, out_dtype=tl.int32)
             if WIDE_X and WIDE_W:
-                acc16 = tl.dot(high_x, high_w, acc16, out_dtype=tl.int32)
-        acc += (acc8 << 8) + (acc16 << 16)
+                acc14 = tl.dot(high_x, high_w, acc14, out_dtype=tl.int32)
+        acc += (acc7 << 7) + (acc14 << 14)
         y_ptrs = y_ptr + pixel.to(tl.int64)[:, None] * outs + out[None, :]
         mask = (pixel < pixels)[:, None] & (out < outs)[None, :]
         if s_x_ptr is not None:
@@ -437,7 +439,7 @@ def _scale(acc, s_x, s_w, bias, *back):
 
 
 def int_product_triton(q_x, q_w, stride, padding, scales, *shape):
-    """q_x and q_w int8 or int16 -> (*shape, O). int16 goes up to 32,639 (HQLayer's operands end at 14 bits)."""
+    """q_x and q_w int8, or int16 of up to 14 bits (narrow) -> (*shape, O)."""
     q_x, w = q_x.contiguous(), rearrange(q_w, "O C kh kw -> O (kh kw C)").contiguous()
     (_, h, w_in, C), (O, _, kh, kw) = q_x.shape, q_w.shape
     wide, pixels = [t.dtype == torch.int16 for t in (q_x, w)], math.prod(shape)

@@ -135,23 +135,23 @@ def recorded(f, device):
     """f(*tensors) -> tensor or tuple of tensors; on CUDA its many kernels become one launch, a CUDA graph.
 
     A host that starts our thousands of kernels one by one leaves a fast GPU waiting: of the 168 ms of a quantized
-    update it worked 43. The first three calls with each shape of the inputs run as written, the fourth is recorded,
-    later ones are replayed. So f must do the same each time, on the GPU alone.
+    update it worked 43. The first call with each shape of the inputs runs as written, the second is recorded, later
+    ones are replayed. So f must do the same each time, on the GPU alone.
     """
     if torch.device(device).type != "cuda":
         return f
-    calls, graphs, stream = {}, {}, torch.cuda.Stream(device)
+    graphs, stream = {}, torch.cuda.Stream(device)
 
     def call(*inputs):
         key = tuple(v.shape for v in inputs)
-        calls[key] = calls.get(key, 0) + 1
-        if calls[key] <= 3:                          # libraries choose their kernels now; not on everybody's stream
+        if key not in graphs:                        # libraries choose their kernels now; not on everybody's stream
+            graphs[key] = None
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 result = f(*inputs)
             torch.cuda.current_stream().wait_stream(stream)
             return result
-        if key not in graphs:
+        if graphs[key] is None:
             graph, held = torch.cuda.CUDAGraph(), [v.clone() for v in inputs]
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):     # torch.distributed has its own thread
                 result = f(*held)
