@@ -290,18 +290,11 @@ class WeightQuantizer(nn.Module):
         self.register_buffer("z_w", z_w.to(torch.uint8))
 
 
-class Scales(NamedTuple):
-    """What stands outside of the integer sum: s_x (B,), s_w (C_out,), bias (C_out,)."""
-    s_x: torch.Tensor
-    s_w: torch.Tensor
-    bias: torch.Tensor
-
-
 @kernel
 def scale_and_bias(acc, scales):
-    """acc (B, .., C_out) float32 -> bias + acc * (s_x s_w). Differentiable; the bias is not trained."""
-    s = scales.s_x.view(-1, *[1] * (acc.ndim - 1)) * scales.s_w
-    return torch.addcmul(scales.bias, acc, s)
+    """acc (B, .., C_out), scales s_x (B,), s_w and bias (C_out,) -> acc * (s_x s_w) + bias; the bias is not trained."""
+    s_x, s_w, bias = scales
+    return torch.addcmul(bias, acc, s_x.view(-1, *[1] * (acc.ndim - 1)) * s_w)
 
 
 class Scheme(NamedTuple):
@@ -353,7 +346,7 @@ class HQLayer(nn.Module):
             q_x, s_x = self.activations(x.float(), self.dtype)               # H x on the grid of this step; its scale
             q_w, s_w = self.operand()                                        # (q_w - z) R, integers; s_w / sqrt(k)
             multiply = self.multiply_int if self.integer else self.multiply  # int8 products, or the same as floats
-            return multiply(q_x, q_w, Scales(s_x, s_w, self.bias))           # the sum of products; scales; bias
+            return multiply(q_x, q_w, (s_x, s_w, self.bias))                 # the sum of products; scales; bias
 
     @property
     def dtype(self):                                 # of q_x

@@ -429,13 +429,15 @@ def chart(report, path):
             ax.set_title(f"{name}: {title}", fontsize=9)
             ax.tick_params(labelsize=7)
             ax.locator_params(axis="x", nbins=6)
+            ax.set_visible(bool(pairs))
         lines = parts.get("growth", [])
         for what in dict.fromkeys(r["what"] for r in lines):
             points = [(r["length"], r["ms"]) for r in lines if r["what"] == what]
             row[4].loglog(*zip(*points), "o-", markersize=3, label=what)
         row[4].set_title(f"{name}: ms of the transform against n", fontsize=9)
         row[4].tick_params(labelsize=7)
-        row[4].legend(fontsize=7)
+        row[4].set_visible(bool(lines))
+        row[4].legend(fontsize=7) if lines else None
     with whole_file(path) as part:
         fig.savefig(part, dpi=110, format="png")
 

@@ -204,7 +204,7 @@ def exact():
 def speed():
     """Markdown: the figures of bench.json, a column each for the GPU and the CPU."""
     report = read("bench.json")
-    gpu, cpu = report["h200"], report["cpu2"]
+    gpu, cpu, before = report["h100"], report["cpu2"], report["h100 before"]
     g, c = gpu["figures"], cpu["figures"]
 
     def of(entry, part, key, what, **where):
@@ -226,12 +226,14 @@ def speed():
         ratios = (of(entry, "update", "of_float", "single, the authors' way", batch=b) for b in batches)
         return " / ".join(f"{ratio:.2f}" for ratio in ratios)
 
-    speeds, gpus = {r["what"]: r["images_per_s"] for r in gpu["parts"]["training"]}, report["h100"]["parts"]["scaling"]
-    compiled = " / ".join(f"{speeds['ours'] / speeds[f'{name}, compiled']:.1f}"
+    speeds, old = ({r["what"]: r["images_per_s"] for r in e["parts"]["training"]} for e in (gpu, before))
+    theirs_h200 = {r["what"]: r["images_per_s"] for r in report["h200"]["parts"]["training"]}
+    compiled = " / ".join(f"{theirs_h200['ours'] / theirs_h200[f'{name}, compiled']:.1f}"
                           for name in ("denoising-diffusion-pytorch", "diffusers UNet2DModel"))
-    one, two = (f"{r['images_per_s']:,.0f}" for r in gpus if r["images_per_s"])
-    others = "".join(f"; {r['what']} not measured" for r in gpus if not r["images_per_s"])
-    rows = [("what", "NVIDIA H200", "2 CPU cores", "part of `experiments/bench.py`"),
+    plain = " / ".join(f"{report['h200']['figures'][f'float_vs_{name}']:.1f}" for name in ("ddpm_pytorch", "diffusers"))
+    one, two = (f"{r['images_per_s']:,.0f}" for r in gpu["parts"]["scaling"] if r["images_per_s"])
+    others = "".join(f"; {r['what']} not measured" for r in gpu["parts"]["scaling"] if not r["images_per_s"])
+    rows = [("what", "NVIDIA H100", "2 CPU cores", "part of `experiments/bench.py`"),
             ("H x in float32, share of a copy's speed (error); time of H, quantize, H back in copies",
              transform(g), transform(c), "hadamard"),
             ("one quantized update / one float update, batch 128 / 512 (CPU 4 / 16), slowest rotation",
@@ -242,22 +244,17 @@ def speed():
              rates(gpu), rates(cpu), "sampling"),
             ("float training, images a second, batch 512 / 1,024 (CPU 8); as many times denoising-diffusion-pytorch / "
              "diffusers (compiled)",
-             f"{speeds['ours']:,.0f} / {speeds['ours, batch 1024']:,.0f}; {g['float_vs_ddpm_pytorch']:.1f} / "
-             f"{g['float_vs_diffusers']:.1f} ({compiled})", f"{c['float_images_per_s']:.0f}", "training"),
+             f"{speeds['ours']:,.0f} / {speeds['ours, batch 1024']:,.0f}; on an H200 {plain} ({compiled})",
+             f"{c['float_images_per_s']:.0f}", "training"),
             ("the same by torchrun on 1 / 2 GPUs, 512 images each",
-             f"on H100: {one} / {two}, {report['h100']['figures']['ddp_speedup_2']:.2f} times{others}", "", "scaling"),
+             f"{one} / {two}, {g['ddp_speedup_2']:.2f} times{others}", "", "scaling"),
             ("seconds of `make test` / the notebook / `make train`", "",
              f"{c['seconds_tests']:.0f} / {c['seconds_notebook']:.0f} / {c['seconds_train']:.0f}", "commands")]
     lines = [f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows]
-    after, before = (report[name]["figures"] for name in ("h100", "h100 before"))
-    ratios, copies = ([" / ".join(f"{f[f'qat_update_ratio_b{b}']:.2f}" for b in (128, 512)) for f in (after, before)],
-                      [f"{f['hadamard_fraction_of_copy']:.2f}" for f in (after, before)])
-    note = (f"The columns are from the code before its kernels moved into `plumbing/`. On one H100, in one call, the code "
-            f"after and before that: one quantized update / one float update, slowest rotation, batch 128 / 512: "
-            f"{ratios[0]} after, {ratios[1]} before; H x, share of a copy's speed: {copies[0]} and {copies[1]}. Sampling "
-            f"and float training of the new code are not in bench.json yet: the file of the one call that had them is lost. "
-            f"What it printed: float training as fast as before, fake-quantized sampling faster, integer sampling slower "
-            f"by some percent, which is still to be mended.")
+    note = (f"The code before its kernels moved into `plumbing/`, on an H100 and part by part in one call with the code "
+            f"of today: update ratio {slowest(before, (128, 512))}; pictures a second {rates(before)}; float training "
+            f"{old['ours']:,.0f} / {old['ours, batch 1024']:,.0f} images a second; H x "
+            f"{before['figures']['hadamard_fraction_of_copy']:.2f} of a copy's speed.")
     return "\n".join([lines[0], "|---|---|---|---|", *lines[1:], "", note]) + "\n"
 
 

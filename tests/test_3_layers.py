@@ -95,7 +95,7 @@ def cases(block, dtype=torch.float32):
     s, z, w = torch.rand(2) + 0.5, torch.tensor([0.0, 3.0]), torch.rand(160) + 0.5
     acc, q_x = torch.randn(2, 9, 9, 160), torch.randint(-7, 8, (2, 9, 9, 256), generator=g, dtype=torch.int8)
     q_w = torch.randint(-480, 481, (160, 256, 3, 3), generator=g, dtype=torch.int16)
-    scales = hqdm.Scales(s, w, torch.randn(160))
+    scales = s, w, torch.randn(160)
     return {"walsh": [(x, -1, block, 0.3), (x.movedim(-1, 1), 1, block), (x.contiguous().movedim(-1, 1).contiguous(), 1, block),
                       (q_x, -1, block), (q_w, 1, block)],
             "rotate_and_quantize": [(x, s, None, (-3, 3), block), (x, s, z, (0, 7), 1), (x, s, None, (-7, 7), block, torch.int8)],
@@ -106,15 +106,15 @@ def cases(block, dtype=torch.float32):
 
 def on(device, v):
     if isinstance(v, tuple):
-        return type(v)(*(on(device, a) for a in v)) if hasattr(v, "_fields") else tuple(on(device, a) for a in v)
+        return tuple(on(device, a) for a in v)
     return v.to(device) if torch.is_tensor(v) else v
 
 
 def with_gradients(f, args):
     """f(*args), and the gradients of every floating-point argument that f differentiates (not the bias)."""
     leaves = [v.detach().requires_grad_() if torch.is_tensor(v) and v.is_floating_point() else v for v in args]
-    if isinstance(leaves[-1], hqdm.Scales) and leaves[0].is_floating_point():
-        leaves[-1] = hqdm.Scales(*(v.detach().requires_grad_() for v in leaves[-1][:2]), leaves[-1].bias)
+    if isinstance(leaves[-1], tuple) and torch.is_tensor(leaves[-1][0]) and leaves[0].is_floating_point():
+        leaves[-1] = (*(v.detach().requires_grad_() for v in leaves[-1][:2]), leaves[-1][2])
     y = f(*leaves)
     inputs = [v for v in leaves[:-1] + list(leaves[-1] if isinstance(leaves[-1], tuple) else leaves[-1:])
               if torch.is_tensor(v) and v.requires_grad]
