@@ -356,11 +356,13 @@ def test_freezing_changes_no_bit(bits):
 
 def test_other_integers_are_noticed():
     """What a frozen layer keeps belongs to its tensors: replaced, written to, or cast, they are read anew."""
-    (a, x, _), (b, _, _) = layer(seed=0), layer(seed=1)
+    (a, x, _), (b, _, _) = layer("conv", "none", seed=0), layer("conv", "none", seed=1)
     a.freeze(), b.freeze()
-    for change in (lambda w: w.q_w.copy_(b.weights.q_w), lambda w: setattr(w, "z_w", b.weights.z_w), lambda w: w.s_w.mul_(2)):
+    for change in (lambda a: a.weights.q_w.copy_(b.weights.q_w), lambda a: setattr(a.weights, "z_w", b.weights.z_w),
+                   lambda a: a.weights.s_w.mul_(2), lambda a: a.activations.log_s_x.add_(1),
+                   lambda a: setattr(a.activations, "z_x", a.activations.z_x + 1)):
         before = a(x)
-        change(a.weights)
+        change(a)
         again = copy.deepcopy(a)                     # a copy has kept nothing
         assert torch.equal(a(x), again(x)) and not torch.equal(a(x), before)
     fresh, used = copy.deepcopy(a), a
