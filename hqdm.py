@@ -145,20 +145,39 @@ def hadamard(x, dim=1, block=32):
 
 # ---------------------------------------------------------------- 2. grids, and rounding with a gradient
 
-def make_grid(bits, symmetric):
-    """(low, high): the integers that `bits` bits hold. Symmetric drops one, so that -q is on the grid with q."""
-    if not isinstance(bits, int) or bits < 1 + symmetric:
-        raise ValueError(f"there is no {'symmetric ' * symmetric}grid of {bits} bits")
-    return (-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+class Grid(NamedTuple):
+    """The integers low, low + step, .., high."""
+    low: int
+    high: int
+    step: int = 1
 
 
-def round_ste(x):
-    """Round to the nearest integer, ties to even; the gradient passes as if nothing had happened.
+GRIDS = ("midtread", "midrise")      # of rotated activations; all else is asymmetric
+
+
+def make_grid(bits, kind):
+    """The Grid that `bits` bits hold, b of them.
+
+    "asymmetric": 0 .. 2^b - 1, to go with a zero point. "midtread", the paper's: -q_max .. q_max with 0 in the middle,
+    q_max = 2^(b-1) - 1; one of 2^b codes is left over. "midrise" uses all for odd numbers, up to 2^b - 1, and has no 0.
+    """
+    if kind not in ("asymmetric", *GRIDS):
+        raise ValueError(f"there is no grid {kind!r}; choose {', '.join(GRIDS)}")
+    if not isinstance(bits, int) or bits < 1 + (kind == "midtread"):
+        raise ValueError(f"there is no {kind} grid of {bits} bits")
+    if kind == "midtread":
+        return Grid(-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1)
+    return Grid(0, 2**bits - 1) if kind == "asymmetric" else Grid(-(2**bits - 1), 2**bits - 1, step=2)
+
+
+def round_ste(x, step=1):
+    """Round to the nearest integer, ties to even; step 2: to the nearest odd one. The gradient passes unchanged.
 
     The straight-through estimator (Bengio et al. 2013, arXiv 1308.3432): the true gradient is 0 almost everywhere. The
     difference and the sum are exact in floating point, so that the result is the integer to the last bit.
     """
-    return x + (x.round() - x).detach() if x.requires_grad else x.round()
+    q = x.round() if step == 1 else 2 * (x / 2).floor() + 1
+    return x + (q - x).detach() if x.requires_grad else q
 
 
 def clamp_ste(q, low, high):
@@ -169,13 +188,13 @@ def clamp_ste(q, low, high):
 
 
 def quantize(v, s, z, grid):
-    """v -> clamp(round(v / s) + z, low, high) - z: integers (stored as floats) of which s times them is v, rounded.
+    """v -> clamp(round(v / s) + z, low, high) - z: integers of a Grid, as floats, of which s times them is v, rounded.
 
     Gradients are those of LSQ (Esser et al. 2020, arXiv 1902.08153): v gets the gradient where round(v/s) + z is on the
     grid, none outside; for s * quantize(v, s, ..) the scale gets round(v/s) - v/s on the grid, q_max outside.
     """
-    q = round_ste(v / s)
-    return clamp_ste(q, *grid) if z is None else clamp_ste(q + z, *grid) - z
+    q = round_ste(v / s, grid.step)
+    return clamp_ste(q, grid.low, grid.high) if z is None else clamp_ste(q + z, grid.low, grid.high) - z
 
 
 @kernel
@@ -199,44 +218,32 @@ class ActivationQuantizer(nn.Module):
     load_state_dict gave it scales, TypeError when cast to another dtype; ValueError where check_block does.
     """
 
-    def __init__(self, channels, bits, rotation="single", block=32, steps=1):
+    def __init__(self, channels, bits, rotation="single", block=32, steps=1, grid="midtread"):
         super().__init__()
         self.channels, self.symmetric, self.calibrated = channels, rotation != "none", False
         self.block = block if self.symmetric else 1
         check_block(channels, self.block)
-        self.grid = make_grid(bits, self.symmetric)
-        self.q_max = max(map(abs, self.grid))
+        self.grid = make_grid(bits, grid if self.symmetric else "asymmetric")
+        self.q_max = self.grid.high
         self.log_s_x = nn.Parameter(torch.full((steps,), math.nan))
         if not self.symmetric:
             self.z_x = nn.Parameter(torch.zeros(steps))
 
     def forward(self, x, dtype=torch.float32):
-        self.check_calibrated()
+        check_calibrated(self)
         s, z = (v if v is None else at_step(v, len(x)) for v in self.scales())       # t is the call's: section 5
         return rotate_and_quantize(x, s, z, self.grid, self.block, dtype), s
 
     @kept_while_frozen
     def scales(self):
         """s_x and z_x (None: 0) of all steps, (S,) each. Off the grid z_x would take 0.0 with it: padding is exact."""
-        return self.log_s_x.exp(), None if self.symmetric else clamp_ste(round_ste(self.z_x), *self.grid)
+        return self.log_s_x.exp(), None if self.symmetric else clamp_ste(round_ste(self.z_x), *self.grid[:2])
 
     def freeze(self):
         """Nothing is trained any more: buffers instead of parameters, of the same names."""
         for name, p in list(self.named_parameters()):
             delattr(self, name)
             self.register_buffer(name, p.detach())
-
-    def check_calibrated(self):
-        """RuntimeError while a step has no scale. Asked until it has: to look means to wait for the device.
-
-        TypeError where the network was cast: scales of half precision would be other scales, sums no integers.
-        """
-        if self.log_s_x.dtype != torch.float32:
-            raise TypeError(f"quantized layers compute in float32, not {self.log_s_x.dtype} (inputs may have any): "
-                            "call network.float(), and load the state_dict again, for its scales were rounded")
-        self.calibrated = self.calibrated or bool(self.log_s_x.isfinite().all())
-        if not self.calibrated:
-            raise RuntimeError("activation scales are missing: calibrate the network first, or load a state_dict")
 
 
 class WeightQuantizer(nn.Module):
@@ -249,7 +256,7 @@ class WeightQuantizer(nn.Module):
     def __init__(self, weight, bits, rotation="single", block=32, rank=32, packed=False):
         super().__init__()
         w, C_out = weight.detach().float().clone(), len(weight)
-        self.shape, self.bits, self.grid, self.frozen = w.shape, bits, make_grid(bits, symmetric=False), False
+        self.shape, self.bits, self.grid, self.frozen = w.shape, bits, make_grid(bits, "asymmetric"), False
         if packed:
             self._hold(w.new_zeros(w.shape), w.new_ones(C_out, 1), w.new_zeros(C_out, 1))
             return
@@ -263,17 +270,12 @@ class WeightQuantizer(nn.Module):
         self.register_buffer("z_w", z)
 
     def forward(self):
-        return self.integers(), self.scale()
-
-    def scale(self):
-        return self.s_w if self.frozen else self.log_s_w.exp()
-
-    def integers(self):
         if self.frozen:
-            return (unpack_weights(self.q_w, self.bits, self.shape).float().flatten(1) - self.z_w).view(self.shape)
-        w = self.weight.flatten(1) + self.lora_B @ self.lora_A.flatten(1)    # (C_out, r) x (r, C_in kh kw)
-        q = rotate_and_quantize(w, self.scale().flatten(), self.z_w.flatten(), self.grid)        # without H: block 1
-        return q.view(self.shape)
+            q = unpack_weights(self.q_w, self.bits, self.shape).float().flatten(1) - self.z_w
+            return q.view(self.shape), self.s_w
+        s, w = self.log_s_w.exp(), self.weight.flatten(1) + self.lora_B @ self.lora_A.flatten(1)     # W + B A, a matrix
+        q = rotate_and_quantize(w, s.flatten(), self.z_w.flatten(), self.grid)       # without H: block 1
+        return q.view(self.shape), s
 
     @torch.no_grad()
     def freeze(self):
@@ -305,9 +307,7 @@ class Scheme(NamedTuple):
     block: int = 32                  # channels that one transform mixes, a power of two
     rank: int = 32                   # of the LoRA factors
     timesteps: tuple = (0,)          # DDIM times with an activation scale each; one is enough for a network without t
-
-
-ROTATIONS = ("none", "single", "double")
+    grid: str = "midtread"           # of rotated activations, one of GRIDS
 
 
 class HQLayer(nn.Module):
@@ -321,14 +321,10 @@ class HQLayer(nn.Module):
 
     def __init__(self, layer, scheme=Scheme(), packed=False):
         super().__init__()
-        wbits, abits, rotation, block, rank, timesteps = self.scheme = scheme
-        if rotation not in ROTATIONS or {wbits, abits} - {*range(2, 9)}:
-            choice = f"2 to 8 bits and {', '.join(ROTATIONS)}"
-            raise ValueError(f"W{wbits}A{abits} {rotation} does not exist; choose {choice}")
-        if {type(t) for t in timesteps} != {int} or len(set(timesteps)) < len(timesteps):
-            raise ValueError(f"timesteps {timesteps} are not one or more integers, each once")
+        wbits, abits, rotation, block, rank, timesteps, grid = self.scheme = scheme
+        check_scheme(scheme)
         C_out, C_in, *size = layer.weight.shape
-        self.activations = ActivationQuantizer(C_in, abits, rotation, block, len(timesteps))
+        self.activations = ActivationQuantizer(C_in, abits, rotation, block, len(timesteps), grid)
         self.weights = WeightQuantizer(layer.weight, wbits, rotation, block, rank, packed)
         self.register_buffer("bias", torch.zeros(C_out) if layer.bias is None else layer.bias.detach().float().clone())
         self.k = block if rotation == "single" else 1            # 1: no R in the sum; that of double is in the weights
@@ -429,6 +425,21 @@ class HQLinear(HQLayer):
         return super().multiply_int(tokens, q_w[:, :, None, None], scales).view(*q_x.shape[:-1], len(q_w))
 
 
+ROTATIONS = ("none", "single", "double")
+
+
+def check_scheme(scheme):
+    """ValueError for bits, rotations, grids and timesteps that do not exist, or do not go together."""
+    wbits, abits, rotation, _, _, timesteps, grid = scheme
+    if rotation not in ROTATIONS or {wbits, abits} - {*range(2, 9)}:
+        choice = f"2 to 8 bits and {', '.join(ROTATIONS)}"
+        raise ValueError(f"W{wbits}A{abits} {rotation} does not exist; choose {choice}")
+    if rotation == "none" and grid != "midtread":
+        raise ValueError(f"grid {grid} is for rotated activations; rotation none has an asymmetric one")
+    if {type(t) for t in timesteps} != {int} or len(set(timesteps)) < len(timesteps):
+        raise ValueError(f"timesteps {timesteps} are not one or more integers, each once")
+
+
 # ---------------------------------------------------------------- 4. integer arithmetic
 
 def int_conv2d(q_x, q_w, stride=1, padding=0):
@@ -489,7 +500,7 @@ def pack_weights(q, bits):
 
     Raises ValueError for other numbers than those, and for more than 8 bits.
     """
-    low, high = make_grid(bits, symmetric=False)
+    low, high, _ = make_grid(bits, "asymmetric")
     if bits > 8 or q.numel() and (q.min() < low or q.max() > high or (q != q.round()).any()):
         raise ValueError(f"{bits} bits (8 at most) pack the integers {low} .. {high}, and not all of these are some")
     q = q.flatten().to(torch.uint8)
@@ -528,7 +539,7 @@ def at(t, timesteps):
 
 
 def _enter(network, args, kwargs):                   # a network's hooks: the same around each forward
-    steps = one_hot(time_of(args, kwargs), network.hqdm_meaning[4:])         # of its timesteps
+    steps = one_hot(time_of(args, kwargs), network.hqdm_timesteps)
     _calls.steps = (*getattr(_calls, "steps", ()), (network, steps))
 
 
@@ -593,14 +604,14 @@ def search_scale(v, grid, p, ends=False, span=None, shrinks=80):
         parts = [search_scale(rows, grid, p, ends, shrinks=shrinks) for rows in v.split(few)]
         return tuple(map(torch.cat, zip(*parts)))
     lo, hi = span or (v.amin(1, keepdim=True), v.amax(1, keepdim=True))
-    (q_min, q_max), lo, hi = grid, lo.clamp(max=0), hi.clamp(min=0)          # 0 stays on the grid: padding is exact
+    (q_min, q_max, _), lo, hi = grid, lo.clamp(max=0), hi.clamp(min=0)          # 0 stays on the grid: padding is exact
     shrink = 1 - torch.arange(shrinks, device=v.device, dtype=v.dtype).view(-1, 1, 1) / shrinks
     one = torch.ones_like(shrink)
     low, high = (torch.cat([shrink, shrink, one]), torch.cat([shrink, one, shrink])) if ends else (shrink, shrink)
     lo, hi = lo * low, hi * high                                             # (80 or 240, R, 1): all candidates at once
     s = (hi - lo) / (q_max - q_min) if q_min == 0 else torch.maximum(-lo, hi) / q_max
     s = s.clamp(min=1e-8)                                                    # a row of zeros: any scale
-    z = (-lo / s).round().clamp(*grid) if q_min == 0 else torch.zeros_like(s)
+    z = (-lo / s).round().clamp(q_min, q_max) if q_min == 0 else torch.zeros_like(s)
     error = (v - s * quantize(v, s, z, grid)).abs().pow(p).sum(2, keepdim=True)
     best = error.argmin(0, keepdim=True)
     return s.gather(0, best)[0], z.gather(0, best)[0]
@@ -621,6 +632,19 @@ def fit_scale(quantizer, x, step=0, samples=8192):
     quantizer.log_s_x[step] = s[0, 0].where(v.any(), 1.0).log()              # of zeros alone: 1, as good as any
     if not quantizer.symmetric:
         quantizer.z_x[step] = z[0, 0]
+
+
+def check_calibrated(quantizer):
+    """RuntimeError while a step of an ActivationQuantizer has no scale; to look means to wait for the device, once.
+
+    TypeError where the network was cast: scales of half precision would be other scales, sums no integers.
+    """
+    if quantizer.log_s_x.dtype != torch.float32:
+        raise TypeError(f"quantized layers compute in float32, not {quantizer.log_s_x.dtype} (inputs may have any): "
+                        "call network.float(), and load the state_dict again, for its scales were rounded")
+    quantizer.calibrated = quantizer.calibrated or bool(quantizer.log_s_x.isfinite().all())
+    if not quantizer.calibrated:
+        raise RuntimeError("activation scales are missing: calibrate the network first, or load a state_dict")
 
 
 @torch.no_grad()
@@ -682,7 +706,7 @@ def quantize_network(network, scheme=Scheme(), eight_bits=None, skip=(), packed=
         counted.update(module.parameters(recurse=False))         # each parameter once, under whichever name
         left, low = matches(skip, name, module), matches(eight, name, module)
         if isinstance(module, MATRICES) and not left:
-            own = scheme._replace(wbits=8, abits=8, rotation="none") if low else scheme
+            own = scheme._replace(wbits=8, abits=8, rotation="none", grid="midtread") if low else scheme
             try:
                 made[name] = quantized_layer(network, name, own, packed)
                 twin = made[name] if packed else quantized_layer(network, name, own, packed=True)
@@ -690,10 +714,11 @@ def quantize_network(network, scheme=Scheme(), eight_bits=None, skip=(), packed=
                 raise ValueError(f"{name or 'the network'}: {e}; or leave it in float with skip={[name]}") from None
             note = f"{'asked for' if eight_bits else eight[name]}: 8 bits, not rotated" if low else ""
             packs = sum(v.nbytes for v in twin.state_dict().values())
-            rows.append((name, type(module).__name__, *own[:3], twin.activations.block, note, twin.bound, size, packs))
+            grid, k = own.grid if own.rotation != "none" else "asymmetric", twin.activations.block
+            rows.append((name, type(module).__name__, *own[:3], grid, k, note, twin.bound, size, packs))
         elif size:
             why = "skip asked for it" if left else "a table" if isinstance(module, nn.Embedding) else "no matrix"
-            rows.append((name, type(module).__name__, 32, 32, "none", 1, f"float: {why}", 0, size, size))
+            rows.append((name, type(module).__name__, 32, 32, "none", "none", 1, f"float: {why}", 0, size, size))
     if not made:
         raise ValueError("this network has no nn.Conv2d or nn.Linear to quantize")
     network.requires_grad_(False)
@@ -701,24 +726,34 @@ def quantize_network(network, scheme=Scheme(), eight_bits=None, skip=(), packed=
         parent, _, child = name.rpartition(".")
         setattr(network.get_submodule(parent), child, layer.requires_grad_(not packed))
     network.hqdm = scheme
-    meaning = [scheme.wbits, scheme.abits, ROTATIONS.index(scheme.rotation), scheme.block, *scheme.timesteps]
-    network.register_buffer("hqdm_meaning", torch.tensor(meaning, device=layer.bias.device))
+    for key, v in (("timesteps", scheme.timesteps), ("layers", [meaning(m) for m in layers(network)])):
+        network.register_buffer(f"hqdm_{key}", torch.tensor(v, device=layer.bias.device))
     network._register_load_state_dict_pre_hook(_check_meaning, with_module=True)
     network.register_forward_hook(_keep_nan, with_kwargs=True)
     if len(scheme.timesteps) > 1:
         network.register_forward_pre_hook(_enter, with_kwargs=True)
         network.register_forward_hook(_leave, always_call=True)
-    columns = "layer kind wbits abits rotation block note accumulator_bound float_bytes bytes".split()
+    columns = "layer kind wbits abits rotation grid block note accumulator_bound float_bytes bytes".split()
     return [dict(zip(columns, row)) for row in rows]
+
+
+def meaning(layer):
+    """What a quantized layer's tensors mean, as integers that travel with them."""
+    wbits, abits, rotation, _, _, _, grid = layer.scheme
+    return wbits, abits, ROTATIONS.index(rotation), GRIDS.index(grid), layer.activations.block
 
 
 def _check_meaning(network, state_dict, prefix, *_):
     """Before tensors are loaded: ValueError where they were made with another scheme and mean something else."""
-    theirs = state_dict.get(f"{prefix}hqdm_meaning", network.hqdm_meaning).tolist()
-    if theirs != network.hqdm_meaning.tolist():
-        wbits, abits, rotation, block, *timesteps = theirs
-        raise ValueError(f"these tensors are W{wbits}A{abits} {ROTATIONS[rotation]}, block {block}, "
-                         f"timesteps {timesteps}; this network is {network.hqdm}")
+    times, rows = ([v.tolist() for v in (state_dict.get(f"{prefix}{name}", mine), mine)] for name, mine in (
+        ("hqdm_timesteps", network.hqdm_timesteps), ("hqdm_layers", network.hqdm_layers)))
+    names = [name for name, m in network.named_modules() if isinstance(m, HQLayer)]
+    words = [[f"{name} W{w}A{a} {ROTATIONS[r]} {GRIDS[g]}, block {k}" for name, (w, a, r, g, k) in zip(names, each)]
+             for each in rows]
+    differ = [pair for pair in zip(*words) if pair[0] != pair[1]]
+    for theirs, mine in [*differ, [f"{len(each)} layers" for each in rows], [f"timesteps {each}" for each in times]]:
+        if theirs != mine:
+            raise ValueError(f"these tensors have {theirs}; this network has {mine}")
 
 
 def quantized_layer(network, name, scheme, packed):

@@ -344,7 +344,7 @@ def parameter_groups(student, lr=1.0):
     """
     layers, groups = hqdm.layers(student), []
     for layer in layers:
-        layer.activations.check_calibrated()
+        hqdm.check_calibrated(layer.activations)
         unit = layer.weights.log_s_w.exp().mean().item()
         groups.append({"params": [layer.weights.lora_A, layer.weights.lora_B], "lr": RATES["lora"] * unit})
     learned = {"s_w": [layer.weights.log_s_w for layer in layers],
@@ -412,15 +412,15 @@ def finish_student(run, student, unseen, before, pictures, rows):
 
 
 def scheme_name(scheme):
-    """W4A3 single, say."""
-    return f"W{scheme.wbits}A{scheme.abits} {scheme.rotation}"
+    """W4A3 single, say, or W4A3 single midrise."""
+    return f"W{scheme.wbits}A{scheme.abits} {scheme.rotation}{' midrise' * (scheme.grid == 'midrise')}"
 
 
 def untrained_pictures(teacher, student, walks, n, seed):
     """{title: pictures} of the float model, and of none and single when they are only calibrated: what H alone does."""
     scheme, models = student.hqdm, {"float": teacher}
     for rotation in ("none", "single"):
-        other = scheme._replace(rotation=rotation)
+        other = scheme._replace(rotation=rotation, grid=scheme.grid if rotation == "single" else "midtread")
         model = student if other == scheme else quantized_copy(teacher, other, walks)
         models[f"{scheme_name(other)}, not trained"] = model
     return {title: draw(model, n, len(scheme.timesteps), seed=seed)[0] for title, model in models.items()}
@@ -447,6 +447,7 @@ def parse(argv):
     add("--abits", type=int, choices=range(2, 9), metavar="2..8", help="bits of the activations")
     add("--rotation", choices=hqdm.ROTATIONS, help="the Hadamard transform (single)")
     add("--block", type=positive, help="channels that one transform mixes, a power of two (32)")
+    add("--grid", choices=hqdm.GRIDS, help="of rotated activations: with 0 (the paper's), or all 2^b codes (midtread)")
     add("--rank", type=positive, help="of the LoRA factors (32)")
     add("--order", choices=("mixed", "trajectory"), help="of training steps; trajectory is the paper's (mixed)")
     add("--ddim-steps", type=positive, help="of the sampler, an activation scale each (50; without CUDA 10)")
@@ -481,13 +482,15 @@ def check(args):
     if quantized != (args.abits is not None):
         raise ValueError("--wbits and --abits go together; without both the float teacher is trained")
     whose = "the teacher" if quantized else "a quantized model; give --wbits and --abits with it"
-    for name in ("score_every", "data", "dropout") if quantized else ("rotation", "block", "rank", "order", "teacher"):
+    for name in ("score_every", "data", "dropout") if quantized else ("rotation", "block", "grid", "rank", "order",
+                                                                               "teacher"):
         if getattr(args, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} is for {whose}")
     if args.dropout is not None and not 0 <= args.dropout < 1:
         raise ValueError(f"--dropout {args.dropout} is not a share from 0 to below 1")
-    if args.rotation == "none" and args.block is not None:
-        raise ValueError("--block is for the rotations single and double; none has no blocks")
+    for name in ("block", "grid"):
+        if args.rotation == "none" and getattr(args, name) is not None:
+            raise ValueError(f"--{name} is for the rotations single and double; none has no {name} to choose")
     if args.out == "":
         raise ValueError("--out is empty; give it a folder")
     if args.lr is not None and not 0 < args.lr <= 1e4:
@@ -501,12 +504,14 @@ def defaults(args):
         return dict(ddim_steps=50, steps=11_000 if full else 100, batch=512 if full else 8, lr=8e-4, dropout=0.0)
     sizes = dict(ddim_steps=50, steps=1000, batch=128) if full else dict(ddim_steps=10, steps=150, batch=8)
     teacher = str(CHECKPOINTS / "teacher.pt")
-    return dict(**sizes, lr=1.0, rotation="single", block=32, rank=32, order="mixed", teacher=teacher)
+    return dict(**sizes, lr=1.0, rotation="single", block=32, grid="midtread", rank=32, order="mixed", teacher=teacher)
 
 
 def main(argv=None):
     args = parse(argv)
-    name = f"w{args.wbits}a{args.abits}-{args.rotation}" if args.wbits else "teacher"
+    name = "teacher"
+    if args.wbits:
+        name = f"w{args.wbits}a{args.abits}-{args.rotation}{'-midrise' * (args.grid == 'midrise')}"
     others = "resume", "out", "device", "data", "teacher", "score_every"     # these may differ where a run goes on
     settings = {k: v for k, v in vars(args).items() if k not in others}
     short = "full" if args.device.type == "cuda" else "short"
@@ -520,7 +525,7 @@ def main(argv=None):
             run = Run(out, settings, args.resume, argv)
             teacher = load_model(args.teacher, args.device, kind=("float",)).requires_grad_(False)
             times = tuple(ddim_timesteps(args.ddim_steps).tolist())
-            scheme = hqdm.Scheme(args.wbits, args.abits, args.rotation, args.block, args.rank, times)
+            scheme = hqdm.Scheme(args.wbits, args.abits, args.rotation, args.block, args.rank, times, args.grid)
             train_student(run, teacher, scheme, args.order)
         else:
             images, labels = (v.to(args.device) for v in first_alone(lambda: find_data(args.data)))

@@ -95,10 +95,10 @@ def there_and_back(x, s):
     """H x on a 3-bit grid and H back, as a layer would in values. On Triton with int8 in between, as in view A."""
     if on_triton(x):
         last = x.movedim(1, -1)                      # of NCHW the kernel makes a copy with its channels last
-        q = hqdm.rotate_and_quantize(last, s, None, hqdm.make_grid(3, True), 32, torch.int8)
+        q = hqdm.rotate_and_quantize(last, s, None, hqdm.make_grid(3, "midtread"), 32, torch.int8)
         return hqdm.walsh(q, -1, 32, 32**-0.5, x.dtype).movedim(-1, 1)
     s = s.to(x.dtype).view(-1, 1, 1, 1)
-    return hqdm.hadamard(hqdm.quantize(hqdm.hadamard(x), s, None, hqdm.make_grid(3, True)))
+    return hqdm.hadamard(hqdm.quantize(hqdm.hadamard(x), s, None, hqdm.make_grid(3, "midtread")))
 
 
 def hadamard(device, quick):

@@ -251,13 +251,18 @@ if triton is not None:
         tl.store(y_ptr + offsets, (_rotate(x, K) * scale).to(y_ptr.dtype.element_ty), mask)
 
     @triton.jit
-    def _round(t, low, high):
-        """clamp(t, low, high) rounded, ties to even: next to 1.5 * 2^23 a float32 has no bit below 1."""
-        return (tl.minimum(tl.maximum(t, low), high) + 12582912.0) - 12582912.0
+    def _round(t, low, high, STEP: tl.constexpr):
+        """clamp(t, low, high) rounded, ties to even; STEP 2: to odd numbers."""
+        t = tl.minimum(tl.maximum(t, low), high)
+        if STEP == 1:
+            t = (t + 12582912.0) - 12582912.0                    # next to 1.5 * 2^23 a float32 has no bit below 1
+        else:
+            t = 2 * tl.floor(t * 0.5) + 1
+        return t
 
     @triton.jit
-    def _quantize_kernel(x_ptr, s_ptr, z_ptr, y_ptr, n, low, high, K: tl.constexpr, ROWS: tl.constexpr,
-                         NORM: tl.constexpr, g_ptr=None, gs_ptr=None, gz_ptr=None):
+    def _quantize_kernel(x_ptr, s_ptr, z_ptr, y_ptr, n, low, high, STEP: tl.constexpr, K: tl.constexpr,
+                         ROWS: tl.constexpr, NORM: tl.constexpr, g_ptr=None, gs_ptr=None, gz_ptr=None):
         """y = clamp(round(H x / s) + z, low, high) - z, for samples of n numbers with an s and a z each. NORM 1: no H.
 
         Given g, the way back: y is the gradient of x at every place; those of s and z come as one sum a program.
@@ -273,9 +278,9 @@ if triton is not None:
         t = x * (1 / s)
         t, first, last = t + (x - t * s) * (1 / s), low - z, high - z        # Newton's step: as good as a division
         if g_ptr is None:
-            y = _round(t, first, last)
+            y = _round(t, first, last, STEP)
         else:
-            g, near = tl.load(g_ptr + offsets, mask, other=0).to(tl.float32), _round(t, first - 1, last + 1)
+            g, near = tl.load(g_ptr + offsets, mask, other=0).to(tl.float32), _round(t, first - STEP, last + STEP, STEP)
             inside = (near >= first) & (near <= last)
             y = tl.where(inside, g * (1 / s), 0.0)
             part = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)

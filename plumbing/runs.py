@@ -24,7 +24,7 @@ import torch.distributed as dist
 from . import kernels
 
 # What each kind of checkpoint looks like; a reader refuses other numbers.
-FORMATS = {"float": 1, "judge": 1, "quantized": 2, "training": 2}
+FORMATS = {"float": 1, "judge": 1, "quantized": 3, "training": 3}
 
 
 # ---------------------------------------------------------------- files: whole or not there, tensors and plain values
@@ -646,15 +646,16 @@ def provenance(settings, device, seconds, argv=None):
 
 def report_table(rows):
     """The rows of hqdm.quantize_network as text with totals; float modules, which are many, as one line a kind."""
-    lines = [f"{'layer':26s} {'kind':8s} {'W':>2s} {'A':>2s} {'rotation':8s} {'block':>5s} {'|sum| <':>11s} "
-             f"{'bytes':>9s}  note"]
+    lines = [f"{'layer':26s} {'kind':8s} {'W':>2s} {'A':>2s} {'rotation':8s} {'grid':10s} "
+             f"{'block':>5s} {'|sum| <':>11s} {'bytes':>9s}  note"]
     alike = {}
     for r in rows:
         if r["wbits"] == 32:
             alike.setdefault((r["kind"], r["note"]), []).append(r["bytes"])
             continue
         lines.append(f"{r['layer']:26s} {r['kind']:8s} {r['wbits']:2d} {r['abits']:2d} {r['rotation']:8s} "
-                     f"{r['block']:5d} {r['accumulator_bound']:11,d} {r['bytes']:9,d}  {r['note']}".rstrip())
+                     f"{r['grid']:10s} {r['block']:5d} {r['accumulator_bound']:11,d} {r['bytes']:9,d}  "
+                     f"{r['note']}".rstrip())
     lines += [f"{len(sizes)} x {kind}: {sum(sizes):,d} bytes, {note}" for (kind, note), sizes in alike.items()]
     old, new = (sum(r[key] for r in rows) for key in ("float_bytes", "bytes"))
     lines.append("products of two activations, as in attention (q k^T), are no layers: they stay in float")

@@ -7,16 +7,18 @@ import hqdm
 
 
 def test_grid_values():
-    """What b bits hold: 15 values at 4 bits symmetric, 7 at 3 bits, 16 at 4 bits asymmetric."""
-    assert hqdm.make_grid(4, True) == (-7, 7) and hqdm.make_grid(3, True) == (-3, 3) and hqdm.make_grid(2, True) == (-1, 1)
-    assert hqdm.make_grid(4, False) == (0, 15) and hqdm.make_grid(3, False) == (0, 7) and hqdm.make_grid(8, False) == (0, 255)
+    """What b bits hold: 15 values at 4 bits with 0 in the middle, 16 with a zero point, and 16 odd ones."""
+    for bits, q_max in ((4, 7), (3, 3), (2, 1)):
+        assert hqdm.make_grid(bits, "midtread") == (-q_max, q_max, 1)
+    for bits, most in ((4, 15), (3, 7), (8, 255), (1, 1)):
+        assert hqdm.make_grid(bits, "asymmetric") == (0, most, 1) and hqdm.make_grid(bits, "midrise") == (-most, most, 2)
 
 
 def test_zero_is_on_the_grid_of_rows_without_it():
     """Rows in [3, 4] and [-4, -3]: the grid still reaches 0, at one of its ends, and no value is off by more than a step."""
     v = torch.rand(6, 200) + torch.tensor([[3.], [3.], [3.], [-4.], [-4.], [-4.]])
-    s, z = hqdm.search_scale(v, (0, 15), 2.4)
-    assert ((v - s * hqdm.quantize(v, s, z, (0, 15))).abs().amax(1, keepdim=True) <= s).all()
+    s, z = hqdm.search_scale(v, hqdm.Grid(0, 15), 2.4)
+    assert ((v - s * hqdm.quantize(v, s, z, hqdm.Grid(0, 15))).abs().amax(1, keepdim=True) <= s).all()
     assert (z[:3] == 0).all() and (z[3:] == 15).all()
 
 
@@ -26,7 +28,7 @@ def test_quantize_picks_the_nearest_grid_point():
     s, z = torch.tensor(0.37), torch.tensor(5.0)
     points = s * (torch.arange(16) - z)                                       # (16,)
     nearest = points[(v[:, None] - points).abs().argmin(1)]
-    assert_close(s * hqdm.quantize(v, s, z, (0, 15)), nearest)
+    assert_close(s * hqdm.quantize(v, s, z, hqdm.Grid(0, 15)), nearest)
 
 
 def test_round_ste_rounds_and_passes_the_gradient():
@@ -43,7 +45,7 @@ def test_gradients_of_clipping():
     """Inside v gets gradient 1 and s gets round(v/s) - v/s; outside v gets 0 and s gets q_min or q_max (LSQ eq. 3)."""
     v = torch.tensor([-9.0, -0.3, 0.2, 1.4, 9.0], requires_grad=True)
     s = torch.full((5,), 0.5, requires_grad=True)
-    (s * hqdm.quantize(v, s, None, (-3, 3))).sum().backward()
+    (s * hqdm.quantize(v, s, None, hqdm.Grid(-3, 3))).sum().backward()
     assert_close(v.grad, torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0]))
     assert_close(s.grad, torch.tensor([-3.0, -1 + 0.6, 0 - 0.4, 3 - 2.8, 3.0]))
 
@@ -54,34 +56,55 @@ def test_the_outermost_levels_pass_the_gradient():
     hqdm.clamp_ste(q, -3, 3).sum().backward()
     assert q.grad.tolist() == [0, 1, 1, 1, 0] and torch.equal(hqdm.clamp_ste(q, -3, 3), q.clamp(-3, 3))
     v, z = torch.tensor([-0.6, 3.4, 4.6, 5.6]).requires_grad_(), torch.tensor(2.0, requires_grad=True)
-    hqdm.quantize(v, torch.tensor(1.0), z, (0, 7)).sum().backward()          # on the grid: round(v) + 2 in 0 .. 7
+    hqdm.quantize(v, torch.tensor(1.0), z, hqdm.Grid(0, 7)).sum().backward()          # on the grid: round(v) + 2 in 0 .. 7
     assert v.grad.tolist() == [1, 1, 1, 0] and z.grad.item() == -1
 
 
 def test_the_search_keeps_the_precision():
     """float64 in, float64 out, and a scale that float32 could not tell from its neighbour."""
     v = torch.tensor([[0.0, 1.0 + 2.0**-40]], dtype=torch.float64)
-    s, z = hqdm.search_scale(v, (0, 15), 2.0)
+    s, z = hqdm.search_scale(v, hqdm.Grid(0, 15), 2.0)
     assert s.dtype == z.dtype == torch.float64 and s.item() * 15 == v[0, 1].item()
 
 
 def test_grids_that_do_not_exist():
     """Bits that are no whole number, or too few for a level beside 0."""
-    for bits, symmetric in ((0, False), (1, True), (4.0, False), (-3, True)):
-        with pytest.raises(ValueError, match=f"grid of {bits} bits"):
-            hqdm.make_grid(bits, symmetric)
+    for bits, kind in ((0, "asymmetric"), (1, "midtread"), (4.0, "asymmetric"), (-3, "midtread"), (0, "midrise")):
+        with pytest.raises(ValueError, match=f"no {kind} grid of {bits} bits"):
+            hqdm.make_grid(bits, kind)
+    with pytest.raises(ValueError, match="no grid 'odd'; choose midtread, midrise"):
+        hqdm.make_grid(4, "odd")
 
 
-@pytest.mark.parametrize("bits, symmetric, p", [(4, False, 2.4), (3, True, 2.0), (8, False, 2.4)])
-def test_scale_search_against_brute_force(bits, symmetric, p):
+def test_midrise_picks_the_nearest_odd_number():
+    """All 2^b codes, found by trying every one; LSQ's gradients by hand; round_ste far beyond any grid."""
+    v, s = torch.linspace(-5, 5, 1000), torch.tensor(0.37)
+    points = torch.arange(-7, 8, 2)                                           # 3 bits: -7, -5 .. 7
+    q = hqdm.quantize(v, s, None, hqdm.make_grid(3, "midrise"))
+    assert torch.equal(q.long(), points[(v[:, None] - s * points).abs().argmin(1)]) and len(q.unique()) == 8
+    v = torch.tensor([-9.0, -0.3, 0.2, 1.4, 9.0], requires_grad=True)
+    s = torch.full((5,), 0.5, requires_grad=True)
+    (s * hqdm.quantize(v, s, None, hqdm.make_grid(2, "midrise"))).sum().backward()          # -3, -1, 1, 3
+    assert_close(v.grad, torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0]))
+    assert_close(s.grad, torch.tensor([-3.0, -1 + 0.6, 1 - 0.4, 3 - 2.8, 3.0]))
+    x = (torch.randn(100_000) * 10 ** (7 * torch.rand(100_000) - 3)).requires_grad_()
+    y = hqdm.round_ste(x, 2)
+    y.backward(g := torch.randn(len(x)))
+    assert torch.equal(x.grad, g) and (y % 2 == 1).all() and ((y - x).abs() <= 1).all()
+
+
+@pytest.mark.parametrize("bits, kind, p", [(4, "asymmetric", 2.4), (3, "midtread", 2.0), (3, "midrise", 2.0), (8, "asymmetric", 2.4)])
+def test_scale_search_against_brute_force(bits, kind, p):
     """The scale kept is the best of the 80, by a plain loop in float64 over rows and candidates."""
     torch.manual_seed(1)
     v = torch.randn(6, 200) * torch.rand(6, 1)
-    q_min, q_max = hqdm.make_grid(bits, symmetric)
-    s, z = hqdm.search_scale(v, (q_min, q_max), p)
+    grid, symmetric = hqdm.make_grid(bits, kind), kind != "asymmetric"
+    q_min, q_max, _ = grid
+    s, z = hqdm.search_scale(v, grid, p)
 
     def error(row, scale, zero):
-        q = ((row / scale).round() + zero).clamp(q_min, q_max) - zero
+        q = 2 * (row / scale / 2 - 0.5).round() + 1 if kind == "midrise" else (row / scale).round()
+        q = (q + zero).clamp(q_min, q_max) - zero
         return ((row - scale * q).abs() ** p).sum()
     for row, scale, zero in zip(v.double(), s.double()[:, 0], z.double()[:, 0]):
         lo, hi, errors = row.min().clamp(max=0), row.max().clamp(min=0), []
@@ -94,8 +117,8 @@ def test_scale_search_against_brute_force(bits, symmetric, p):
 def test_scale_search_of_many_rows_is_the_search_of_each():
     """A CPU takes a few rows at a time: 50 rows of 1,000 give what 50 searches of one row give."""
     v = torch.randn(50, 1000) * torch.rand(50, 1)
-    alone = [hqdm.search_scale(row, (0, 15), 2.4) for row in v.split(1)]
-    for found, parts in zip(hqdm.search_scale(v, (0, 15), 2.4), zip(*alone)):
+    alone = [hqdm.search_scale(row, hqdm.Grid(0, 15), 2.4) for row in v.split(1)]
+    for found, parts in zip(hqdm.search_scale(v, hqdm.Grid(0, 15), 2.4), zip(*alone)):
         assert_close(found, torch.cat(parts))
 
 
@@ -105,7 +128,7 @@ def test_searching_each_end_finds_the_zero_point_of_a_skewed_row(bits):
     torch.manual_seed(0)
     v = torch.nn.functional.silu(torch.randn(2000, dtype=torch.float64))[None]
     v[0, 0] = 12                                                              # an outlier
-    v, grid = torch.cat([v, -v]), hqdm.make_grid(bits, False)                 # the second row's long end is below
+    v, grid = torch.cat([v, -v]), hqdm.make_grid(bits, "asymmetric")                 # the second row's long end is below
 
     def errors(s, z):
         return (v - s * hqdm.quantize(v, s, z, grid)).square().sum(1)
@@ -117,7 +140,7 @@ def test_searching_each_end_finds_the_zero_point_of_a_skewed_row(bits):
 
 def test_scale_search_survives_a_dead_row():
     """A row of zeros (a pruned channel) gets a positive scale: its logarithm must exist."""
-    s, z = hqdm.search_scale(torch.zeros(2, 9), (0, 15), 2.4)
+    s, z = hqdm.search_scale(torch.zeros(2, 9), hqdm.Grid(0, 15), 2.4)
     assert (s > 0).all() and torch.isfinite(z).all()
 
 

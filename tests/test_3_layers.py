@@ -55,7 +55,7 @@ def dequantized(layer, x):
     z = 0 if a.symmetric else hqdm.round_ste(a.z_x.to(x.dtype))
     def clip(q, low, high):                          # with LSQ's gradient, which passes at both ends of the grid
         return q * ((low <= q) & (q <= high)) + low * (q < low) + high * (q > high)
-    x_hat = rotate(s * (clip(hqdm.round_ste(rotate(x, dim) / s) + z, *a.grid) - z), dim)
+    x_hat = rotate(s * (clip(hqdm.round_ste(rotate(x, dim) / s, a.grid.step) + z, *a.grid[:2]) - z), dim)
     W = (w.weight.flatten(1) + w.lora_B @ w.lora_A.flatten(1)).to(x.dtype)
     w_hat = (s_w * (clip(hqdm.round_ste(W / s_w) + z_w, 0, 15) - z_w)).view(w.shape)
     w_hat = rotate(w_hat, 1) if rotation == "double" else w_hat              # the stored weight is W H: back
@@ -64,21 +64,21 @@ def dequantized(layer, x):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("rotation", hqdm.ROTATIONS)
+@pytest.mark.parametrize("rotation, grid", [*((r, "midtread") for r in hqdm.ROTATIONS), ("single", "midrise")])
 @pytest.mark.parametrize("kind", ["conv", "linear"])
-def test_the_layer_is_the_paper_formula(kind, rotation, device):
+def test_the_layer_is_the_paper_formula(kind, rotation, grid, device):
     """y = conv(x_hat, w_hat) + bias with x_hat, w_hat dequantized in float64: what the integer grid stands for."""
-    new, x, _ = layer(kind, rotation, device=device)
+    new, x, _ = layer(kind, rotation, device=device, grid=grid)
     y, new, x = new(x).cpu(), new.cpu(), x.cpu()
     assert_close(y.double(), dequantized(new, x.double()), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("rotation", ["none", "single"])
+@pytest.mark.parametrize("rotation, grid", [("none", "midtread"), ("single", "midtread"), ("single", "midrise")])
 @pytest.mark.parametrize("kind", ["conv", "linear"])
-def test_gradient_is_that_of_the_dequantized_layer(kind, rotation, device):
+def test_gradient_is_that_of_the_dequantized_layer(kind, rotation, grid, device):
     """Autograd through the integer grid is autograd through conv(x_hat, w_hat), in x and in all that is learned."""
-    new, x, _ = layer(kind, rotation, 4, 3, device=device)
+    new, x, _ = layer(kind, rotation, 4, 3, device=device, grid=grid)
     nn.init.normal_(new.weights.lora_B, std=0.01)
     grads = torch.autograd.grad(new(x.requires_grad_()).square().mean(), [x] + learned(new))
     new, x = new.cpu(), x.detach().cpu().requires_grad_()
@@ -98,14 +98,15 @@ def cases(block, dtype=torch.float32):
     scales = s, w, torch.randn(160)
     return {"walsh": [(x, -1, block, 0.3), (x.movedim(-1, 1), 1, block), (x.contiguous().movedim(-1, 1).contiguous(), 1, block),
                       (q_x, -1, block), (q_w, 1, block)],
-            "rotate_and_quantize": [(x, s, None, (-3, 3), block), (x, s, z, (0, 7), 1), (x, s, None, (-7, 7), block, torch.int8)],
+            "rotate_and_quantize": [(x, s, None, hqdm.Grid(-3, 3), block), (x, s, z, hqdm.Grid(0, 7), 1),
+                                    (x, s, None, hqdm.Grid(-7, 7), block, torch.int8), (x, s, None, hqdm.Grid(-7, 7, 2), block)],
             "scale_and_bias": [(acc, scales)],
             "int_product": [(q_x, q_w, 1, 1), (q_x, q_w, 2, 1, scales), (q_x.to(torch.int16) * 30, q_w, 1, 0, scales),
                            (q_x, q_w.clamp(-99, 99).to(torch.int8), 1, 1), (q_x.int() * 999, q_w.long(), 1, 1)]}
 
 
 def on(device, v):
-    if isinstance(v, tuple):
+    if isinstance(v, tuple) and not isinstance(v, hqdm.Grid):
         return tuple(on(device, a) for a in v)
     return v.to(device) if torch.is_tensor(v) else v
 
@@ -171,7 +172,7 @@ def test_the_baseline_calibrates_its_zero_point():
     v[0, 0, 0, 0] = 12
     fit(new, v)
     span = v.amin().view(1, 1), v.amax().view(1, 1)
-    assert new.activations.z_x.tolist() == [1] and hqdm.search_scale(v.view(1, -1), (0, 7), 2, span=span)[1].item() == 0
+    assert new.activations.z_x.tolist() == [1] and hqdm.search_scale(v.view(1, -1), hqdm.Grid(0, 7), 2, span=span)[1].item() == 0
 
 
 @pytest.mark.parametrize("rotation", hqdm.ROTATIONS)
@@ -237,7 +238,8 @@ def test_scales_are_missed_where_they_are_missing():
     (dict(wbits=1), "W1A4"), (dict(abits=9), "2 to 8 bits"), (dict(wbits=32), "2 to 8 bits"), (dict(rotation="triple"), "none, single"),
     (dict(block=128), "64 channels are not a multiple of the Hadamard block 128"), (dict(block=12), "not a power of two"),
     (dict(block=0), "not a power of two"), (dict(timesteps=(5, 5)), "each once"), (dict(timesteps=(0.5, 0)), "integers"),
-    (dict(timesteps=()), "one or more")])
+    (dict(timesteps=()), "one or more"),
+    (dict(grid="odd"), "no grid 'odd'"), (dict(rotation="none", grid="midrise"), "for rotated activations")])
 def test_bad_arguments_are_refused(scheme, message):
     with pytest.raises(ValueError, match=message):
         hqdm.HQLinear(nn.Linear(64, 8), hqdm.Scheme(**scheme))
@@ -245,7 +247,7 @@ def test_bad_arguments_are_refused(scheme, message):
 
 def test_what_a_layer_is_without_being_asked():
     """W4A4 single, blocks of 32, rank 32, one scale; block 1 is a transform that does nothing."""
-    assert SINGLE == (4, 4, "single", 32, 32, (0,)) and hqdm.HQLinear(nn.Linear(64, 8)).scheme == SINGLE
+    assert SINGLE == (4, 4, "single", 32, 32, (0,), "midtread") and hqdm.HQLinear(nn.Linear(64, 8)).scheme == SINGLE
     x = torch.randn(2, 64, 3)
     assert torch.equal(hqdm.walsh(x), hqdm.walsh(x, 1, 32)) and torch.equal(hqdm.hadamard(x), hqdm.hadamard(x, 1, 32))
     assert torch.equal(hqdm.hadamard(x, 1, 1), x)
@@ -294,8 +296,8 @@ def test_weight_scales_are_the_searched_ones():
     for rotation in hqdm.ROTATIONS:
         new, _, plain = layer("conv", rotation)
         w = hqdm.hadamard(plain.weight.detach(), 1, 32) if rotation == "double" else plain.weight.detach()
-        s, z = hqdm.search_scale(w.flatten(1), (0, 15), 2.4)
-        assert_close(new.weights.scale(), s)
+        s, z = hqdm.search_scale(w.flatten(1), hqdm.Grid(0, 15), 2.4)
+        assert_close(new.weights()[1], s)
         assert_close(new.weights.z_w, z)
 
 

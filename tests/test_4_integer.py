@@ -140,13 +140,13 @@ def check(layer, x, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("rotation", hqdm.ROTATIONS)
+@pytest.mark.parametrize("rotation, grid", [*((r, "midtread") for r in hqdm.ROTATIONS), ("single", "midrise")])
 @pytest.mark.parametrize("wbits", range(2, 9))
 @pytest.mark.parametrize("abits", range(2, 9))
-def test_integer_layer_is_the_fake_layer(rotation, wbits, abits, device):
+def test_integer_layer_is_the_fake_layer(rotation, grid, wbits, abits, device):
     """Identical accumulators and outputs for W 2..8 x A 2..8: 3x3 and 1x1, stride 1 and 2, both memory formats, linear."""
     torch.manual_seed(wbits * 10 + abits)
-    x, scheme = torch.randn(3, 32, 5, 5) * 3, hqdm.Scheme(wbits, abits, rotation)
+    x, scheme = torch.randn(3, 32, 5, 5) * 3, hqdm.Scheme(wbits, abits, rotation, grid=grid)
     for size, stride, padding in ((3, 1, 1), (3, 2, 1), (1, 1, 0)):
         conv = nn.Conv2d(32, 8, size, stride, padding)
         check(hqdm.HQConv2d(conv, scheme), x.contiguous(memory_format=torch.channels_last), device)
@@ -154,11 +154,11 @@ def test_integer_layer_is_the_fake_layer(rotation, wbits, abits, device):
     check(hqdm.HQLinear(nn.Linear(32, 8), scheme), x[:, :, 0].transpose(1, 2), device)
 
 
-def full_scale(rotation, wbits, abits, device, kind="conv"):
+def full_scale(rotation, wbits, abits, device, kind="conv", grid="midtread"):
     """A frozen layer whose weights all lie at or one below the end of their range, and inputs at the end of theirs."""
     torch.manual_seed(0)
     plain = nn.Conv2d(256, 8, 3, padding=1) if kind == "conv" else nn.Linear(1024, 64)
-    layer = (hqdm.HQConv2d if kind == "conv" else hqdm.HQLinear)(plain, hqdm.Scheme(wbits, abits, rotation), packed=True)
+    layer = (hqdm.HQConv2d if kind == "conv" else hqdm.HQLinear)(plain, hqdm.Scheme(wbits, abits, rotation, grid=grid), packed=True)
     q_w = torch.randint(2**wbits - 2, 2**wbits, layer.weights.shape)
     layer.weights.q_w = hqdm.pack_weights(q_w, wbits)
     layer.activations.log_s_x.data.zero_()
@@ -167,12 +167,13 @@ def full_scale(rotation, wbits, abits, device, kind="conv"):
     return layer.to(device), x.to(device)
 
 
-@pytest.mark.parametrize("kind, rotation, wbits, abits", [
-    ("conv", "none", 8, 8), ("conv", "single", 8, 8), ("conv", "single", 4, 4), ("conv", "double", 8, 8), ("linear", "none", 7, 8)])
+@pytest.mark.parametrize("kind, rotation, wbits, abits, grid", [
+    ("conv", "none", 8, 8, "midtread"), ("conv", "single", 8, 8, "midtread"), ("conv", "single", 4, 4, "midtread"),
+    ("conv", "double", 8, 8, "midtread"), ("linear", "none", 7, 8, "midtread"), ("conv", "single", 8, 7, "midrise")])
 @pytest.mark.parametrize("device", DEVICES)
-def test_worst_case_is_exact(kind, rotation, wbits, abits, device):
+def test_worst_case_is_exact(kind, rotation, wbits, abits, grid, device):
     """Full-scale operands of the widest layer, odd sums past 2^24: exact in all modes, where a float32 product is not."""
-    layer, x = full_scale(rotation, wbits, abits, device, kind)
+    layer, x = full_scale(rotation, wbits, abits, device, kind, grid)
     q_x, q_w = layer.activations(layer.channels_last(x))[0], layer.operand()[0]
     oracle = in_float64(layer, q_x, q_w)
     assert oracle.abs().max() <= layer.bound

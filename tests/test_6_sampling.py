@@ -302,7 +302,7 @@ def test_a_copy_has_its_own_steps():
     student, _ = quantized()
     twin, args = copy.deepcopy(student), some_input()
     expected = student(*args)
-    student.hqdm_meaning.zero_()
+    student.hqdm_timesteps.zero_()
     for layer in hqdm.layers(student):
         torch.nn.init.zeros_(layer.activations.log_s_x)
     assert torch.equal(twin(*args), expected) and not torch.equal(student(*args), expected)
@@ -356,11 +356,15 @@ def test_a_block_computed_again_in_backward(times, reentrant):
 
 # ---------------------------------------------------------------- checkpoints
 
-@pytest.mark.parametrize("change", [dict(timesteps=(999, 666, 333, 1)), dict(rotation="double"), dict(block=8)])
-def test_tensors_of_another_meaning_are_refused(change, tmp_path):
+@pytest.mark.parametrize("change, theirs, mine", [
+    (dict(timesteps=(999, 666, 333, 1)), "timesteps .999, 666, 333, 0.", "timesteps .999, 666, 333, 1."),
+    (dict(rotation="double"), ".*W4A3 single midtread, block 16", ".*W4A3 double midtread, block 16"),
+    (dict(block=8), ".*W4A3 single midtread, block 16", ".*W4A3 single midtread, block 8"),
+    (dict(grid="midrise"), ".*W4A3 single midtread, block 16", ".*W4A3 single midrise, block 16")])
+def test_tensors_of_another_meaning_are_refused(change, theirs, mine, tmp_path):
     """Other timesteps, rotation, block: the shapes are the same, and yet it is refused, before anything is loaded."""
     student, _ = quantized(frozen=True)
-    message = "these tensors are W4A3 single, block 16, timesteps .999, 666, 333, 0.; this network is"
+    message = f"these tensors have {theirs}; this network has {mine}"
     other = empty(**change)
     before = {k: v.clone() for k, v in other.state_dict().items()}
     with pytest.raises(ValueError, match=message):
@@ -369,8 +373,18 @@ def test_tensors_of_another_meaning_are_refused(change, tmp_path):
     save(tmp_path / "q.pt", student, scheme=SCHEME._replace(**change)._asdict())
     with pytest.raises(ValueError, match="does not fit its own configuration.*" + message):
         sample.load_model(tmp_path / "q.pt")
-    with pytest.raises(RuntimeError, match="Missing key.*hqdm_meaning"):
-        empty().load_state_dict({k: v for k, v in student.state_dict().items() if k != "hqdm_meaning"})
+    for name in ("hqdm_timesteps", "hqdm_layers"):
+        with pytest.raises(RuntimeError, match=f"Missing key.*{name}"):
+            empty().load_state_dict({k: v for k, v in student.state_dict().items() if k != name})
+
+
+def test_layers_of_other_bits_are_refused():
+    """Which layers have 8 bits is an argument, and part of what the tensors mean."""
+    a, b = (torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)) for _ in range(2))
+    for made, eight in ((a, ["0"]), (b, ["1"])):                 # five bits are stored in a byte, too
+        hqdm.quantize_network(made, hqdm.Scheme(5, 5, "none"), eight_bits=eight, packed=True)
+    with pytest.raises(ValueError, match="these tensors have 0 W8A8 none .*; this network has 0 W5A5 none"):
+        b.load_state_dict(a.state_dict())
 
 
 def save(path, model, **changes):
@@ -471,7 +485,7 @@ def test_absurd_checkpoints_are_refused(tmp_path):
     save(path, student)
     with pytest.raises(ValueError, match="mid1.conv2 has q_w = 8"):
         sample.load_model(path)
-    student.hqdm_meaning[4] = 1000                               # not only the scheme beside it says so
+    student.hqdm_timesteps[0] = 1000                               # not only the scheme beside it says so
     save(path, student, scheme={**student.hqdm._asdict(), "timesteps": (1000, *student.hqdm.timesteps[1:])})
     with pytest.raises(ValueError, match="has q_w|timesteps .* from 0 to 999"):
         sample.load_model(path)
