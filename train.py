@@ -309,16 +309,34 @@ class Carousel:
             v.copy_(state[name])
 
 
-def distil(student, optimizer, batches, steps, first=0):
+def distil(student, optimizer, batches, steps, first=0, weights=None):
     """Train the quantized student in place: yields (loss, gradient norm) a step.
 
-    loss = mean (eps_student - eps_teacher)^2. Several processes walk alike, and each trains on its rows.
+    loss = mean of w(t) (eps_student - eps_teacher)^2; weights: w at each DDIM step (S,), step_weights, or None for 1.
+    Several processes walk alike, and each trains on its rows.
     """
     device = next(student.parameters()).device
-    update = updater(optimizer, lambda x, t, y, eps: F.mse_loss(student(x, t, y), eps), device)
+
+    def loss(x, t, y, eps):
+        if weights is None:
+            return F.mse_loss(student(x, t, y), eps)
+        error = (student(x, t, y) - eps).square().mean(dim=(1, 2, 3))        # (B,)
+        return (error * (hqdm.one_hot(t, student.hqdm_timesteps) @ weights)).mean()
+
+    update = updater(optimizer, loss, device)
     for step, batch in enumerate(batches, start=first):
         x, *rest = (v[my_rows()] for v in batch)
         yield update(decay(step, steps, shape="linear"), x.contiguous(memory_format=torch.channels_last), *rest)
+
+
+def step_weights(errors, balance):
+    """Errors (S,) of the untrained student at each DDIM step -> weights (S,) of the loss, errors^-balance.
+
+    The error at t = 0 is a hundred times that at most other steps. In a plain mean, balance 0, which is the paper's, it
+    drowns them; at balance 1 each step counts by how far it has come. The weights leave the untrained loss what it is.
+    """
+    errors = torch.as_tensor(errors, dtype=torch.float32)
+    return errors**-balance * errors.mean() / (errors ** (1 - balance)).mean()
 
 
 @torch.no_grad()
@@ -387,7 +405,8 @@ def train_student(run, teacher, scheme, order):
     run.restore(model=student, optimizer=optimizer, carousel=carousel)
     print(f"training ({run.seconds():.0f} s)", flush=True)
     batches = carousel.batches(s["batch"], s["steps"], s["seed"], len(run.losses))
-    updates = distil(student, optimizer, batches, s["steps"], len(run.losses))
+    weights = step_weights(before, s["balance"]).to(device) if s["balance"] else None
+    updates = distil(student, optimizer, batches, s["steps"], len(run.losses), weights)
     run.follow(run.measure(updates, max(1, s["steps"] // 10), lambda step: {"eps_errors": eps_errors(net, unseen)}))
     if world()[0] == 0:
         finish_student(run, student, unseen, before, pictures, rows)
@@ -450,6 +469,7 @@ def parse(argv):
     add("--grid", choices=hqdm.GRIDS, help="of rotated activations: with 0 (the paper's), or all 2^b codes (midtread)")
     add("--rank", type=positive, help="of the LoRA factors (32)")
     add("--order", choices=("mixed", "trajectory"), help="of training steps; trajectory is the paper's (mixed)")
+    add("--balance", type=finite, help="0: the loss is a plain mean over DDIM steps; up to 1: by their own size (0)")
     add("--ddim-steps", type=positive, help="of the sampler, an activation scale each (50; without CUDA 10)")
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=positive, help="updates (defaults depend on the device and are printed)")
@@ -483,7 +503,7 @@ def check(args):
         raise ValueError("--wbits and --abits go together; without both the float teacher is trained")
     whose = "the teacher" if quantized else "a quantized model; give --wbits and --abits with it"
     for name in ("score_every", "data", "dropout") if quantized else ("rotation", "block", "grid", "rank", "order",
-                                                                               "teacher"):
+                                                                               "balance", "teacher"):
         if getattr(args, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} is for {whose}")
     if args.dropout is not None and not 0 <= args.dropout < 1:
@@ -491,6 +511,8 @@ def check(args):
     for name in ("block", "grid"):
         if args.rotation == "none" and getattr(args, name) is not None:
             raise ValueError(f"--{name} is for the rotations single and double; none has no {name} to choose")
+    if args.balance is not None and not 0 <= args.balance <= 1:
+        raise ValueError(f"--balance {args.balance} is not a number from 0 to 1")
     if args.out == "":
         raise ValueError("--out is empty; give it a folder")
     if args.lr is not None and not 0 < args.lr <= 1e4:
@@ -504,7 +526,8 @@ def defaults(args):
         return dict(ddim_steps=50, steps=11_000 if full else 100, batch=512 if full else 8, lr=8e-4, dropout=0.0)
     sizes = dict(ddim_steps=50, steps=1000, batch=128) if full else dict(ddim_steps=10, steps=150, batch=8)
     teacher = str(CHECKPOINTS / "teacher.pt")
-    return dict(**sizes, lr=1.0, rotation="single", block=32, grid="midtread", rank=32, order="mixed", teacher=teacher)
+    return dict(**sizes, lr=1.0, rotation="single", block=32, grid="midtread", rank=32, order="mixed",
+                balance=0.0, teacher=teacher)
 
 
 def main(argv=None):

@@ -63,10 +63,10 @@ def some_input():
 
 # ---------------------------------------------------------------- quantized networks
 
-@pytest.mark.parametrize("rotation", hqdm.ROTATIONS)
-def test_integer_pictures_are_the_fake_quantized_pictures(rotation):
+@pytest.mark.parametrize("rotation, grid", [*((r, "midtread") for r in hqdm.ROTATIONS), ("single", "midrise")])
+def test_integer_pictures_are_the_fake_quantized_pictures(rotation, grid):
     """Training form, frozen form, integer view A and view B: the same uint8 pictures, byte for byte."""
-    student, _ = quantized(rotation=rotation)
+    student, _ = quantized(rotation=rotation, grid=grid)
     pictures = [sample.draw(student, 2, 3)[0]]
     hqdm.freeze(student)
     pictures.append(sample.draw(student, 2, 3)[0])

@@ -365,13 +365,26 @@ def test_rates_of_both_trainings():
 
 
 def test_distillation_loss_is_the_mean_squared_error():
-    """loss = mean (eps_student - eps_teacher)^2, at the first step."""
+    """loss = mean of w(t) (eps_student - eps_teacher)^2, at the first step; w = 1 unless given."""
     teacher = tiny_unet()
     student = train.quantized_copy(teacher, SCHEME, train.trajectories(teacher, 2, len(TIMES), 0))
     x, t, y, eps = batch = next(train.Carousel(teacher, 8, TIMES, seed=1).batches(4, 1, 0))
-    expected = (student(x, t, y) - eps).square().mean().item()
-    optimizer = runs.adamw(train.parameter_groups(student), torch.device("cpu"))
-    assert_close(next(train.distil(student, optimizer, [batch], 1))[0].item(), expected)
+    errors = (student(x, t, y) - eps).square().mean(dim=(1, 2, 3)).detach()
+    for weights in (None, torch.tensor([1.0, 10.0, 100.0])):
+        w = 1 if weights is None else weights[[TIMES.index(v) for v in t.tolist()]]
+        mine = copy.deepcopy(student)                # a step changes it
+        optimizer = runs.adamw(train.parameter_groups(mine), torch.device("cpu"))
+        assert_close(next(train.distil(mine, optimizer, [batch], 1, 0, weights))[0], (errors * w).mean())
+
+
+def test_weights_of_the_loss():
+    """By hand: errors^-balance, and the weighted mean of the errors is their mean."""
+    errors = [0.01, 0.04, 0.16]
+    assert_close(train.step_weights(errors, 0), torch.ones(3))
+    assert_close(train.step_weights(errors, 1), torch.tensor([7.0, 1.75, 0.4375]))
+    assert_close(train.step_weights(errors, 0.5), torch.tensor([3.0, 1.5, 0.75]))
+    for balance in (0, 0.3, 1):
+        assert_close((train.step_weights(errors, balance) * torch.tensor(errors)).mean(), torch.tensor(0.07))
 
 
 def test_teacher_learns():
@@ -660,7 +673,8 @@ def test_options_of_a_quantized_run_arrive(order, teacher_file, tmp_path, monkey
     monkeypatch.setattr(train, "distil", lambda *args: got.extend(args) or fail(InterruptedError()))
     with pytest.raises(InterruptedError):
         train.main(arguments(teacher_file, tmp_path, "--order", order, "--lr", "2", "--seed", "3", "--rank", "2"))
-    student, optimizer, batches, steps, first = got
+    student, optimizer, batches, steps, first, weights = got
+    assert weights is None
     assert [g["initial_lr"] for g in optimizer.param_groups] == [g["lr"] for g in train.parameter_groups(student, 2.0)]
     assert student.hqdm == SCHEME._replace(rank=2) and (steps, first) == (8, 0)
     asked, together = batches.gi_frame.f_locals, order == "trajectory"
@@ -820,7 +834,8 @@ def test_two_processes_share_one_batch(kind, teacher_file, tmp_path):
     (["--steps", "0"], "not a positive number"), (["--batch", "-1"], "not a positive number"),
     (["--batch", "9" * 20], "not a positive number"), (["--lr", "nan"], "not a finite number"), (["--ste", "2"], "unrecognized"),
     (["--ddim-steps", "1001"], "outside 1 .. 1000"), (["--rotation", "triple"], "invalid choice"),
-    (["--order", "pool"], "invalid choice"), (["--device", "tpu"], "choose from cpu"),
+    (["--order", "pool"], "invalid choice"), (["--grid", "odd"], "invalid choice"), (["--balance", "2"], "from 0 to 1"),
+    (["--rotation", "none", "--block", "8"], "none has no block"), (["--device", "tpu"], "choose from cpu"),
     (["--score-every", "3"], "is for the teacher"), (["--data", "data"], "is for the teacher"),
     (["--dropout", "0.1"], "is for the teacher"), (["--teacher", "/no/teacher.pt"], "no teacher at"),
     (["--out", "/proc/x"], "cannot write"), (["--out", ""], "--out is empty"), (["--resume"], "nothing to resume")])
@@ -833,6 +848,7 @@ def test_bad_input_is_one_line_and_exit_code_2(more, message, teacher_file, tmp_
 
 @pytest.mark.parametrize("argv, message", [
     (["--rotation", "single"], "--rotation is for a quantized model"), (["--order", "mixed"], "--order is for"),
+    (["--grid", "midrise"], "--grid is for a quantized model"), (["--balance", "0"], "--balance is for a quantized model"),
     (["--teacher", "t.pt"], "--teacher is for a quantized model"), (["--wbits", "4"], "--abits go together"),
     (["--abits", "4"], "--wbits and --abits go together"), (["--ddim-steps", "1001"], "outside 1 .. 1000"),
     (["--data", "nowhere"], "no data_batch_1.bin"), (["--dropout", "1"], "not a share"),
@@ -848,7 +864,7 @@ def test_the_teacher_refuses_before_it_trains(argv, message, tmp_path, monkeypat
 def test_a_run_is_never_written_over(finished, teacher_file, tmp_path, capsys):
     """--out of a finished run, or with one file of somebody's; --resume with other settings: refused, files stay."""
     before = {p.name: p.read_bytes() for p in finished.iterdir()}
-    others = "--seed 1", "--batch 8", "--lr 2", "--block 8", "--rank 2", "--order trajectory", "--rotation double"
+    others = "--seed 1", "--batch 8", "--lr 2", "--block 8", "--rank 2", "--order trajectory", "--rotation double", "--balance 1", "--grid midrise"
     for more, message in (("", "already holds a run"), *((f"--resume {other}", other) for other in others)):
         assert refused(arguments(teacher_file, finished, *more.split())) == 2 and message in capsys.readouterr().err
     other = float_checkpoint(tmp_path / "other.pt", tiny_unet(1))
