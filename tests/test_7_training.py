@@ -25,13 +25,14 @@ from plumbing import runs
 from unet import UNet, ddim, ddim_timesteps
 
 sys.path.insert(0, str(ROOT / "experiments"))
+import grid  # noqa: E402
 
 BIN = sample.CHECKPOINTS / "cifar10-1k.bin"
 TIMES = tuple(ddim_timesteps(3).tolist())
 SCHEME = hqdm.Scheme(4, 3, "single", block=16, rank=4, timesteps=TIMES)
 
 
-REAL_PICTURES = train.untrained_pictures
+REAL_PICTURES, PARAMETER_GROUPS = train.untrained_pictures, train.parameter_groups
 
 
 @contextlib.contextmanager
@@ -823,6 +824,63 @@ def test_two_processes_share_one_batch(kind, teacher_file, tmp_path):
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["processes"] == 2 and metrics["command"].startswith("main(['--wbits', '4'")
     assert len(metrics["losses"]) == 2 and {p.name for p in (tmp_path / "run").iterdir()} == set(runs.FILES)
+
+
+# ---------------------------------------------------------------- the experiment
+
+def test_the_declared_grid():
+    """Every row is a command that train.py takes; names differ; updates are equal; tuned is on a seed of its own."""
+    rows = {part: grid.rows_of(part) for part in ("tune", "headline", "side", "paper")}
+    names = [grid.name_of(row) for part in rows.values() for row in part]
+    assert len(set(names)) == len(names) and len(rows["headline"]) == 4 * 2 * 3
+    for row in (row for part in rows.values() for row in part):
+        args = train.parse([*grid.command_of(row).split()[2:], "--device", "cpu"])
+        assert all(getattr(args, k) == v for k, v in row.items() if k not in ("paper", "searched"))
+    assert all(grid.EQUAL.items() <= row.items() for row in rows["headline"])
+    assert not {r["seed"] for r in rows["tune"]} & {r["seed"] for part in ("headline", "side", "paper") for r in rows[part]}
+
+
+def test_the_grid_is_run_scored_and_gone_on_with(small, teacher_file, tmp_path, monkeypatch, capsys):
+    """A training a row, drawn in integers and scored against the float model; what results.json has is not run again."""
+    row = {"wbits": 4, "abits": 3, "rotation": "single", "grid": "midrise", "block": 16, "rank": 4, "ddim_steps": 3, "steps": 2,
+           "batch": 4, "balance": 0.5, "seed": 0}
+    rows = [row, {**row, "seed": 1, "paper": True}]
+    monkeypatch.setattr(grid, "rows_of", lambda part: rows)
+    monkeypatch.setattr(grid, "RUNS", tmp_path / "runs")
+    for module in (grid, train):
+        monkeypatch.setattr(module, "CHECKPOINTS", teacher_file.parent)
+    lora = []
+    monkeypatch.setattr(train, "parameter_groups", lambda *args: lora.append(train.RATES["lora"]) or PARAMETER_GROUPS(*args))
+    def run(*more, n="4"):
+        monkeypatch.setattr(sys, "argv", ["grid.py", "headline", "-n", n, "--device", "cpu", "--out", str(tmp_path / "r.json"), *more])
+        grid.main()
+        return {r["name"]: r for r in json.loads((tmp_path / "r.json").read_text())["rows"]}
+    made = {**run("--share", "0", "2"), **run("--share", "1", "2")}
+    assert lora == [train.RATES["lora"], 1 / 2500] and run() == made and len(lora) == 2
+    float_row, mine = made["float-ddim-steps3"], made[grid.name_of(row)]
+    assert float_row["psnr"] == 99 and float_row["brightness"] == 0 and float_row["contrast"] == 1 and len(made) == 3
+    folder = tmp_path / "runs" / grid.name_of(row)
+    pictures, labels = sample.draw(sample.load_model(folder / "model.pt"), 4, 3)
+    scores, reference = sample.score(pictures, labels), sample.draw(sample.load_model(teacher_file), 4, 3)[0]
+    assert {k: mine[k] for k in scores} == scores and mine["psnr"] == sample.psnr(pictures, reference)
+    assert_close(mine["brightness"], (pictures.double() - reference.double()).mean().item())
+    assert mine["command"] == grid.command_of(row) and mine["part"] == "headline"
+    with pytest.raises(ValueError, match="take it out first"):
+        run(n="5")
+
+
+def test_two_networks_draw_in_turns():
+    """The first does the first k steps: at k = 0 and at all of them, what one alone draws; between, the steps of both."""
+    a, b = tiny_unet(0), tiny_unet(1)
+    alone = [sample.draw(net, 2, 4)[0] for net in (a, b)]
+    assert torch.equal(grid.draw_in_turns(a, b, 4, 2, 4)[0], alone[0])
+    assert torch.equal(grid.draw_in_turns(a, b, 0, 2, 4)[0], alone[1])
+    seen = []
+    hooks = [net.register_forward_pre_hook(lambda _, args, i=i: seen.append((i, int(args[1][0])))) for i, net in enumerate((a, b))]
+    grid.draw_in_turns(a, b, 3, 2, 4)
+    assert seen == [(0, 999), (0, 666), (0, 333), (1, 0)]
+    for hook in hooks:
+        hook.remove()
 
 
 # ---------------------------------------------------------------- the command line

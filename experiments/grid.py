@@ -1,0 +1,217 @@
+"""The experiment: a declared grid of quantized models, a training each, all scored alike -> experiments/results.json.
+
+    python experiments/grid.py tune headline side paper spoil     # all; rows that results.json has are left out
+    python experiments/grid.py headline --share 0 2               # every second row, on the first of two GPUs;
+    python experiments/grid.py headline --share 1 2               # and the others on the second: both fill one file
+
+tune      three kinds at W4A3, three balances of the loss, on a seed that no other part has
+headline  none, double, single, single midrise at W4A3 and W4A4, three seeds, equal updates
+side      one seed each: one update alone; blocks, rank, bits; models of 10, 20 and 100 DDIM steps
+paper     the paper's own recipe, and the baseline with zero points that are not searched
+spoil     no training: the float model draws the first k of 50 steps, W4A3 the others; and the other way round
+
+Each training is the command that its row names, in runs/grid/NAME; a killed one goes on where it was. Scored are the
+pictures (integer arithmetic, guidance 1, seed 0) of as many noises for all, against the float model's from the same.
+"""
+import contextlib
+import functools
+import itertools
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import hqdm  # noqa: E402
+import train  # noqa: E402
+from plumbing.runs import (natural, new_parser, pick_device, positive, provenance, recorded, run_cli,  # noqa: E402
+                           write_json)
+from rates import searched  # noqa: E402
+from sample import (CHECKPOINTS, draw, load_judge, load_model, noise_and_labels, psnr, score,  # noqa: E402
+                    to_uint8)
+from sample import name_of as sample_name  # noqa: E402
+from unet import ddim, ddim_timesteps  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+RUNS = HERE.parent / "runs" / "grid"
+
+# ---------------------------------------------------------------- what is run
+
+KINDS = {"none": dict(rotation="none"), "double": dict(rotation="double"), "single": dict(rotation="single"),
+         "midrise": dict(rotation="single", grid="midrise")}
+BITS = {"w4a3": dict(wbits=4, abits=3), "w4a4": dict(wbits=4, abits=4)}
+EQUAL = dict(steps=2000, balance=0.5)                # of all rows of headline and side, from what tune found
+PAPER_RATES = {"lora": 1 / 2500, "s_w": 1e-6, "s_x": 5e-4, "z_x": 5e-4}
+
+
+def rows_of(part):
+    """The rows of a part: options of train.py; "paper": with the paper's rates, "searched": see rates.py."""
+    w4a3, one = BITS["w4a3"], {**BITS["w4a3"], **EQUAL, "seed": 0}
+    if part == "tune":
+        return [{**w4a3, **KINDS[kind], "seed": 100, "steps": 1000, "balance": balance}
+                for balance in (0.0, 0.5, 1.0) for kind in ("none", "single", "midrise")]
+    if part == "headline":
+        return [{**bits, **kind, **EQUAL, "seed": seed}
+                for seed in range(3) for bits in BITS.values() for kind in KINDS.values()]
+    if part == "side":
+        few = [{**one, **kind, "steps": 1} for kind in KINDS.values()]
+        shapes = [{**one, **KINDS["single"], **{key: value}}
+                  for key, value in (("block", 8), ("block", 16), ("block", 64), ("rank", 4))]
+        bits = [{**one, **kind, **change} for change in (dict(abits=2), dict(wbits=3)) for kind in KINDS.values()]
+        times = [{**one, **KINDS[kind], "ddim_steps": n} for n in (10, 20, 100) for kind in ("none", "single")]
+        return few + shapes + bits + times
+    return [{**w4a3, **KINDS[kind], "seed": 0, "order": "trajectory", "batch": 2, "steps": 16_000, "paper": True,
+             "searched": kind != "none"} for kind in ("none", "double", "single")]
+
+
+def command_of(row):
+    """The training of a row."""
+    options = (f"--{k.replace('_', '-')} {v}" for k, v in row.items() if k not in ("paper", "searched"))
+    return " ".join(["python train.py", *options])
+
+
+def name_of(row):
+    """What a row is called: w4a3-single-midrise-seed0, and what else it has that others do not."""
+    if row.get("paper"):
+        return f"paper-{row['rotation']}"
+    main = f"w{row['wbits']}a{row['abits']}-{row['rotation']}{'-midrise' * (row.get('grid') == 'midrise')}"
+    plain = {"wbits", "abits", "rotation", "grid", *(EQUAL if EQUAL.items() <= row.items() else ())}
+    return "-".join([main, *(f"{k}{v}" for k, v in row.items() if k not in plain)]).replace("_", "-")
+
+
+# ---------------------------------------------------------------- running and scoring
+
+class Scorer:
+    """Scores of n pictures of a model; the float model's, from the same noise, are drawn once a number of steps."""
+
+    def __init__(self, teacher, n):
+        device = next(teacher.parameters()).device
+        self.teacher, self.n, self.judge, self.reference = teacher, n, load_judge(device), {}
+
+    def __call__(self, pictures, labels, steps):
+        """The dict of sample.score, and: psnr; brightness, grey levels above the float model's; contrast, times its."""
+        if steps not in self.reference:
+            self.reference[steps], _ = draw(self.teacher, self.n, steps)
+        mine, theirs = pictures.double(), self.reference[steps].double()
+        return {"n": self.n, **score(pictures, labels, self.judge), "psnr": psnr(pictures, self.reference[steps]),
+                "brightness": float(mine.mean() - theirs.mean()),
+                "contrast": float(mine.std(dim=(1, 2, 3)).mean() / theirs.std(dim=(1, 2, 3)).mean())}
+
+    def float_row(self, steps):
+        pictures, labels = draw(self.teacher, self.n, steps)
+        self.reference.setdefault(steps, pictures)
+        return {"name": f"float-ddim-steps{steps}", "wbits": 32, "abits": 32, "rotation": "none", "ddim_steps": steps,
+                **self(pictures, labels, steps)}
+
+
+def run_row(row, device, score_of):
+    """Train as the row says, unless that was done; draw, score: the row of results.json."""
+    name, cuda = name_of(row), device.type == "cuda"
+    out, rates, began = RUNS / name, dict(train.RATES), time.time()
+    if not (out / "metrics.json").is_file():
+        argv = [*command_of(row).split()[2:], "--out", str(out), "--device", device.type]
+        torch.cuda.reset_peak_memory_stats() if cuda else None
+        try:
+            train.RATES.update(PAPER_RATES if row.get("paper") else {})
+            with searched(row.get("searched", True)):
+                train.main([*argv, *["--resume"] * (out / "last.pt").is_file()])
+        finally:
+            train.RATES.update(rates)
+    run, model = json.loads((out / "metrics.json").read_text()), load_model(out / "model.pt", device)
+    if device.type in ("cpu", "cuda"):
+        hqdm.set_integer(model)                      # the same bytes, and faster
+    steps = len(model.hqdm.timesteps)
+    scores = score_of(*draw(model, score_of.n, steps), steps)
+    settings = {k: run["settings"][k] for k in ("grid", "block", "rank", "order", "balance", "batch", "ddim_steps")}
+    return {"name": name, **settings, **row, **scores, "eps_error_untrained": run["eps_error_untrained"],
+            "eps_error": run["eps_error"], "train_seconds": run["seconds"],
+            "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None,
+            "megabytes": sum(r["bytes"] for r in run["layers"]) / 1e6,
+            "command": command_of(row), "scored_seconds": round(time.time() - began, 1)}
+
+
+@torch.no_grad()
+def draw_in_turns(first, then, k, n, steps, batch=500):
+    """draw(), but of two networks: `first` does the first k steps."""
+    device = next(first.parameters()).device
+    noise, labels = noise_and_labels(n, 0, first.classes)
+    nets, pictures, early = [recorded(then, device), recorded(first, device)], [], ddim_timesteps(steps)[:k].tolist()
+
+    def net(x, t, y):
+        return nets[int(t[0]) in early](x, t, y)
+    net.classes = first.classes
+    for x, y in zip(noise.split(batch), labels.split(batch)):
+        *_, (_, _, _, x_0) = ddim(net, x.to(device, memory_format=torch.channels_last), y.to(device), steps)
+        pictures.append(to_uint8(x_0).cpu().contiguous())
+    return torch.cat(pictures), labels
+
+
+def spoil_row(name, model, k, float_first, score_of):
+    """Row of part spoil: one network for the first k steps of the quantized model, the other one for the rest."""
+    pair, steps = (score_of.teacher, model) if float_first else (model, score_of.teacher), len(model.hqdm.timesteps)
+    return {"name": name, "float_first": float_first, "k": k, "ddim_steps": steps,
+            **score_of(*draw_in_turns(*pair, k, score_of.n, steps), steps)}
+
+
+# ---------------------------------------------------------------- the file
+
+def keep(path, row):
+    """Add a row to results.json, and all that other processes have put beside their runs meanwhile."""
+    write_json(RUNS / row["name"] / "row.json", row)
+    rows = {r["name"]: r for r in read(path)}
+    for other in sorted(RUNS.glob("*/row.json")):
+        with contextlib.suppress(FileNotFoundError):
+            other = json.loads(other.read_text())
+            rows[other["name"]] = other
+    write_json(path, {"rows": [rows[name] for name in sorted(rows)]})
+
+
+def read(path):
+    return json.loads(Path(path).read_text())["rows"] if Path(path).is_file() else []
+
+
+def main():
+    parser = new_parser(__doc__)
+    parser.add_argument("parts", nargs="+", choices=("tune", "headline", "side", "paper", "spoil"))
+    parser.add_argument("--share", nargs=2, type=natural, default=(0, 1), metavar=("I", "N"), help="rows I, I + N, ..")
+    parser.add_argument("-n", type=positive, default=10_000, help="pictures a model (10,000)")
+    parser.add_argument("--seconds", type=positive, default=10**9, help="begin no row later than this")
+    parser.add_argument("--checkpoint", default=str(CHECKPOINTS / "w4a3-single.pt"), help="of part spoil")
+    parser.add_argument("--out", default=str(HERE / "results.json"))
+    parser.add_argument("--device")
+    args = parser.parse_args()
+    first, of = args.share
+    if first >= of:
+        raise ValueError(f"--share {first} {of}: the first number must be below the second")
+    device, began = pick_device(args.device), time.time()
+    score_of = Scorer(load_model(CHECKPOINTS / "teacher.pt", device), args.n)
+
+    def fill(make, name, part, command=None):
+        old = {r["name"]: r for r in read(args.out)}.get(name)
+        if old and (old.get("command"), old["n"]) != (command, args.n):
+            raise ValueError(f"{args.out} has {name} by `{old.get('command')}` with n = {old['n']}; take it out first")
+        if old or time.time() - began > args.seconds:
+            return
+        row, made = make(), provenance({}, device, 0)
+        keep(args.out, {**row, "part": part, **{k: made[k] for k in ("hardware", "torch", "date")}})
+        print(f"{name}: C-FID {row['c_fid']:.2f} C-IS {row['c_is']:.3f} PSNR {row['psnr']:.2f} dB, "
+              f"{row.get('train_seconds', 0):.0f} s to train", flush=True)
+
+    for part in args.parts:
+        if part == "spoil":
+            model = load_model(args.checkpoint, device, kind=("quantized",))
+            for k, float_first in itertools.product((5, 10, 20, 30, 40, 45), (True, False)):
+                name = f"{sample_name(args.checkpoint)}-{'float' if float_first else 'quantized'}-for-{k}"
+                fill(functools.partial(spoil_row, name, model, k, float_first, score_of), name, part)
+            continue
+        rows = rows_of(part)
+        for steps in sorted({row.get("ddim_steps", 50) for row in rows}):
+            fill(functools.partial(score_of.float_row, steps), f"float-ddim-steps{steps}", part)
+        for row in rows[first::of]:
+            fill(functools.partial(run_row, row, device, score_of), name_of(row), part, command_of(row))
+
+
+if __name__ == "__main__":
+    run_cli(main)
