@@ -127,7 +127,7 @@ def sums(layer, x):
 def check(layer, x, device):
     """All routes to the accumulator agree, and so do the outputs, before and after freezing."""
     layer, x = layer.to(device), x.to(device)
-    hqdm.fit_scale(layer.activations, layer.channels_last(x))
+    hqdm.fit_scale(layer.activations, layer.channels_last(x), samples=512)
     with torch.no_grad():
         oracle, fake = in_float64(layer, layer.activations(layer.channels_last(x))[0], layer.operand()[0]), layer(x)
         assert oracle.abs().max() <= layer.bound < 2**31
