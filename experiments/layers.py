@@ -1,0 +1,141 @@
+"""What the transform does to each layer of the bundled teacher before any training -> layers.json, layers.png.
+
+    python experiments/layers.py                   # a minute on 2 cores
+
+For the input of every low-bit layer at every DDIM step: kurtosis (3 for a normal distribution), max / rms, and the
+share of its power that rounding at 3 bits loses, with each rotation and grid, scales calibrated. For every weight: the
+share lost at 4 bits, as it is (none, single) and rotated (double).
+"""
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import hqdm  # noqa: E402
+from plumbing.runs import check_out, new_parser, pick_device, positive, provenance, run_cli, whole_file  # noqa: E402
+from plumbing.runs import write_json  # noqa: E402
+from sample import CHECKPOINTS, load_model  # noqa: E402
+from train import trajectories  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+WAYS = {"none": ("none", "midtread"), "single": ("single", "midtread"), "single midrise": ("single", "midrise")}
+
+
+def moments(v):
+    """(kurtosis, max / rms) of all numbers of v."""
+    v = v.double().flatten()
+    rms = v.square().mean().sqrt()
+    return four(((v - v.mean()) ** 4).mean() / v.var(correction=0) ** 2), four(v.abs().max() / rms)
+
+
+def lost(v, rounded):
+    return four((rounded - v).square().mean() / v.square().mean())
+
+
+def four(v):
+    """Four digits of a number."""
+    return float(f"{float(v):.4g}")
+
+
+@torch.no_grad()
+def look(x, abits):
+    """A row's numbers for one layer's input x (B, .., C) at one step."""
+    H_x, row = hqdm.hadamard(x, -1), {}
+    for name, v in (("x", x), ("H x", H_x)):
+        row[f"kurtosis {name}"], row[f"max/rms {name}"] = moments(v)
+    for name, (rotation, grid) in WAYS.items():
+        quantizer = hqdm.ActivationQuantizer(x.shape[-1], abits, rotation, grid=grid)
+        hqdm.fit_scale(quantizer.to(x.device), x)
+        q, s = quantizer(x)                          # rounding errors of H x are those of x: H is orthonormal
+        row[f"lost {name}"] = lost(x if rotation == "none" else H_x, q * s.view(-1, *[1] * (x.ndim - 1)))
+    return row
+
+
+@torch.no_grad()
+def weight_row(weight, wbits):
+    """Shares of a weight's power that its rounding loses: as it is, and rotated."""
+    row = {}
+    for name in ("single", "double"):
+        quantizer = hqdm.WeightQuantizer(weight, wbits, name)
+        q, s = quantizer()
+        row[f"lost {name}"] = lost(quantizer.weight, s.view(-1, *[1] * (q.ndim - 1)) * q)
+    return row
+
+
+def measure(teacher, walks, abits=3, wbits=4):
+    """Rows of all low-bit layers: (activations, a row a layer and step; weights, a row a layer)."""
+    student = load_model(CHECKPOINTS / "w4a3-single.pt")
+    low = {name: layer for name, layer in student.named_modules()
+           if isinstance(layer, hqdm.HQLayer) and layer.scheme.rotation == "single"}
+    twins, rows, t = dict(teacher.named_modules()), [], None
+    hooks = [twins[name].register_forward_pre_hook(lambda _, args, name=name, layer=layer: rows.append(
+        {"layer": name, "t": t, **look(layer.channels_last(args[0]), abits)})) for name, layer in low.items()]
+    for x, times, y, _ in walks:
+        t = int(times[0])
+        teacher(x, times, y)
+    for hook in hooks:
+        hook.remove()
+    return rows, [{"layer": name, **weight_row(twins[name].weight, wbits)} for name in low]
+
+
+def draw_figure(report, path):
+    """Four panels: outliers over layers and over steps, what rounding loses, and the weights."""
+    from matplotlib.figure import Figure
+    rows, weights = report["activations"], report["weights"]
+    fig = Figure(figsize=(11, 7), layout="constrained")
+    axes = fig.subplots(2, 2)
+
+    def line(ax, key, along, label, **style):
+        groups = {}
+        for r in rows:
+            groups.setdefault(r[along], []).append(r[key])
+        at, mark = (list(groups), "o-") if along == "t" else (range(1, len(groups) + 1), "o")
+        ax.plot(at, [statistics.median(v) for v in groups.values()], mark, markersize=4, label=label, **style)
+    for name, colour in (("x", "C1"), ("H x", "C0")):
+        line(axes[0, 0], f"max/rms {name}", "layer", name, color=colour)
+        line(axes[0, 1], f"kurtosis {name}", "t", name, color=colour)
+    for name, colour in zip(WAYS, ("C1", "C0", "C2")):
+        line(axes[1, 0], f"lost {name}", "layer", name, color=colour)
+    axes[0, 1].axhline(3, color="0.5", linestyle=":", label="normal distribution")
+    for name, colour in (("single", "C0"), ("double", "C3")):
+        label = {"single": "as it is (none, single)", "double": "rotated (double)"}[name]
+        shares = [r[f"lost {name}"] for r in weights]
+        axes[1, 1].plot(range(1, len(weights) + 1), shares, "o", markersize=4, color=colour, label=label)
+    for ax, title, xlabel, ylabel in (
+            (axes[0, 0], "outliers: largest value of a layer's input", "layer, in order", "max / rms, median of steps"),
+            (axes[0, 1], "outliers along the walk", "t", "kurtosis, median of layers"),
+            (axes[1, 0], "3-bit activations: power lost to rounding", "layer, in order", "share, median of steps"),
+            (axes[1, 1], "4-bit weights: power lost to rounding", "layer, in order", "share")):
+        ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    axes[0, 1].invert_xaxis()
+    with whole_file(path) as part:
+        fig.savefig(part, dpi=110, format="png")
+
+
+def main():
+    parser = new_parser(__doc__)
+    parser.add_argument("--walks", type=positive, default=16, help="pictures drawn at once (16)")
+    parser.add_argument("--ddim-steps", type=positive, default=10)
+    parser.add_argument("--out", default=str(HERE / "layers.json"))
+    parser.add_argument("--device")
+    args = parser.parse_args()
+    check_out(args.out, ".json")
+    device, start = pick_device(args.device), time.time()
+    teacher = load_model(CHECKPOINTS / "teacher.pt", device)
+    rows, weights = measure(teacher, trajectories(teacher, args.walks, args.ddim_steps, seed=4_000_000))
+    report = {"activations": rows, "weights": weights, **provenance(vars(args), device, time.time() - start)}
+    for key in [k for k in rows[0] if k not in ("layer", "t")]:
+        print(f"{key:20s} median {statistics.median(r[key] for r in rows):8.3f}")
+    for key in ("lost single", "lost double"):
+        print(f"weights, {key:11s} median {statistics.median(r[key] for r in weights):8.4f}")
+    write_json(args.out, report)
+    draw_figure(report, Path(args.out).with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    run_cli(main)
