@@ -1,11 +1,17 @@
 """What the transform does to each layer of the bundled teacher before any training -> layers.json, layers.png.
 
     python experiments/layers.py                   # a minute on 2 cores
+    python experiments/layers.py --floor           # of the bundled W4A3 model: which roundings are left at t > 800
 
 For the input of every low-bit layer at every DDIM step: kurtosis (3 for a normal distribution), max / rms, and the
 share of its power that rounding at 3 bits loses, with each rotation and grid, scales calibrated. For every weight: the
 share lost at 4 bits, as it is (none, single) and rotated (double).
+
+--floor -> floor.json: the eps error where next to everything is noise, with the rounding of one layer's activations
+switched off at a time, of all at 8 bits, of all at 3, of all.
 """
+import contextlib
+import math
 import statistics
 import sys
 import time
@@ -81,6 +87,39 @@ def measure(teacher, walks, abits=3, wbits=4):
     return rows, [{"layer": name, **weight_row(twins[name].weight, wbits)} for name in low]
 
 
+@contextlib.contextmanager
+def fine(layers, factor=2**12):
+    """Inside, these layers' activations are rounded to a grid so fine that it does not matter."""
+    with contextlib.ExitStack() as back, torch.no_grad():
+        for a in (layer.activations for layer in layers):
+            for name in ("log_s_x", "z_x"):
+                if hasattr(a, name):
+                    back.callback(getattr(a, name).copy_, getattr(a, name).clone())
+            back.callback(setattr, a, "grid", a.grid)
+            a.grid = a.grid._replace(low=a.grid.low * factor, high=a.grid.high * factor)
+            a.log_s_x -= math.log(factor)
+            if not a.symmetric:
+                a.z_x *= factor
+        yield
+
+
+@torch.no_grad()
+def floor(walks, checkpoint):
+    """Rows: what is not rounded, and the eps error at the first DDIM step; the first row is the model as it is."""
+    model = load_model(checkpoint, walks[0][0].device)
+    x, t, y, eps = walks[0]
+    every = {name: layer for name, layer in model.named_modules() if isinstance(layer, hqdm.HQLayer)}
+    groups = {"nothing": [], "all": list(every.values()), **{f"all of {bits} bits": [
+        layer for layer in every.values() if layer.scheme.abits == bits] for bits in sorted(
+        {layer.scheme.abits for layer in every.values()})}, **{name: [layer] for name, layer in every.items()}}
+    rows = []
+    for name, chosen in groups.items():
+        with fine(chosen):
+            rows.append({"not rounded": name, "t": int(t[0]), "layers": len(chosen),
+                         "eps_error": four((model(x, t, y) - eps).square().mean())})
+    return rows
+
+
 def draw_figure(report, path):
     """Four panels: outliers over layers and over steps, what rounding loses, and the weights."""
     from matplotlib.figure import Figure
@@ -121,13 +160,22 @@ def main():
     parser = new_parser(__doc__)
     parser.add_argument("--walks", type=positive, default=16, help="pictures drawn at once (16)")
     parser.add_argument("--ddim-steps", type=positive, default=10)
-    parser.add_argument("--out", default=str(HERE / "layers.json"))
+    parser.add_argument("--floor", action="store_true")
+    parser.add_argument("--checkpoint", default=str(CHECKPOINTS / "w4a3-single.pt"), help="of --floor")
+    parser.add_argument("--out", help="a JSON file; its figure goes beside it (layers.json or floor.json, here)")
     parser.add_argument("--device")
     args = parser.parse_args()
+    args.out = args.out or str(HERE / ("floor.json" if args.floor else "layers.json"))
     check_out(args.out, ".json")
     device, start = pick_device(args.device), time.time()
     teacher = load_model(CHECKPOINTS / "teacher.pt", device)
-    rows, weights = measure(teacher, trajectories(teacher, args.walks, args.ddim_steps, seed=4_000_000))
+    walks = trajectories(teacher, args.walks, args.ddim_steps, seed=4_000_000)
+    if args.floor:
+        rows = floor(walks, args.checkpoint)
+        for row in sorted(rows, key=lambda row: row["eps_error"])[:12] + rows[:1]:
+            print(f"{row['not rounded']:24s} {row['eps_error'] / rows[0]['eps_error']:.2f}")
+        return write_json(args.out, {"rows": rows, **provenance(vars(args), device, time.time() - start)})
+    rows, weights = measure(teacher, walks)
     report = {"activations": rows, "weights": weights, **provenance(vars(args), device, time.time() - start)}
     for key in [k for k in rows[0] if k not in ("layer", "t")]:
         print(f"{key:20s} median {statistics.median(r[key] for r in rows):8.3f}")

@@ -8,7 +8,7 @@ NAME.json                                         metrics.json of the run that m
 teacher-curve.json                                what the teacher's EMA drew on the way
 teacher-plain.json, teacher-plain-curve.json      the same of a run without dropout
 mutants-*.json                                    tests/mutants.py wrote them; the reasons are by hand
-bench, curve, exact-cpu, exact-cuda, layers, options, overfit, overfit-dropout, rates, real, spacing
+bench, curve, exact-cpu, exact-cuda, floor, layers, options, overfit, overfit-dropout, rates, real, spacing
                                                   what bench.py, curve.py, exact.py .. measured
 """
 import json
@@ -260,7 +260,10 @@ def speed():
 
 def layers():
     """Text: what the transform does to each layer before any training, from layers.json."""
-    report = read("layers.json")
+    report, floor = read("layers.json"), read("floor.json")
+    left = {r["not rounded"]: r["eps_error"] / floor["rows"][0]["eps_error"] for r in floor["rows"]}
+    single = {name: share for name, share in left.items() if name != "nothing" and not name.startswith("all")}
+    first, second = sorted(single, key=single.get)[:2]
     rows, weights, s = report["activations"], report["weights"], report["settings"]
 
     def mid(key):
@@ -280,7 +283,12 @@ def layers():
             f"- **Weights.** Rounding to 4 bits loses {median(r['lost single'] for r in weights):.2%} of the power of a "
             f"weight as it is, {median(r['lost double'] for r in weights):.2%} of a rotated one, which loses more in "
             f"{worse} of {len(weights)} layers: that rotation spoils the weights' grid, as the paper finds, does not "
-            f"hold for this network.\n")
+            f"hold for this network.\n"
+            f"- **The floor.** The eps error of {name_of(floor['settings']['checkpoint'])} at t = {floor['rows'][0]['t']} "
+            f"is {floor['rows'][0]['eps_error']:.1e}. It is the 8-bit layers': with the activations of none of them rounded, "
+            f"{left['all of 8 bits']:.0%} of it is left, {left['all of 3 bits']:.0%} with none at 3 bits, {left['all']:.0%} "
+            f"with none at all; one layer at a time, {first} alone makes {1 - left[first]:.0%}, the next, {second}, "
+            f"{1 - left[second]:.0%} (`{floor['command']}`).\n")
 
 
 def mutants():
