@@ -52,3 +52,17 @@ def test_right_and_wrong_answers_are_told_apart(name, mistakes, capsys, monkeypa
     if name != "ste":
         assert "does it end with return" in said(name, lambda *args: None, capsys)
         assert "it should return" in said(name, lambda *args: torch.zeros(2, 2, 2, 2, 2), capsys)
+
+
+def test_what_notebooks_print_is_compared():
+    """Words exactly, numbers nearly; the cells with the tag timing not at all."""
+    pytest.importorskip("nbconvert")
+    import nbformat
+    import notebooks
+    same = "error 0.1234, at 1,024 of 24,576 bytes", "error 0.1251, at 1,020 of 24,576  bytes"
+    other = "error 0.1234, at 1,024 of 24,576 bytes", "error 0.1534, at 1,024 of 24,576 bytes"
+    words = "block 32: yes", "block 32: no"
+    assert [notebooks.differ(*pair) for pair in (same, other, words, ("1 and 2", "1"))] == [False, True, True, True]
+    cells = [nbformat.v4.new_code_cell("", outputs=[nbformat.v4.new_output("stream", text="7 ms")], metadata={"tags": tags})
+             for tags in (["timing"], [])]
+    assert list(notebooks.printed(nbformat.v4.new_notebook(cells=cells)).values()) == ["7 ms"]
