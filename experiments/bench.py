@@ -377,7 +377,7 @@ def commands(device, quick):
                 "--stdout", "notebooks/outliers.ipynb"]
     short, out = ["train.py", "--wbits", "4", "--abits", "3"], str(ROOT / "runs" / f"bench-{int(time.time())}")
     rows = []
-    for name, command in (("tests", [sys.executable, "-m", "pytest", "-q"]), ("notebook", notebook),
+    for name, command in (("tests", ["make", "test"]), ("notebook", notebook),
                           (" ".join(short), [sys.executable, *short, "--out", out])):
         start = time.perf_counter()
         if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode:
