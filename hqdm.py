@@ -173,8 +173,8 @@ def make_grid(bits, kind):
 def round_ste(x, step=1):
     """Round to the nearest integer, ties to even; step 2: to the nearest odd one. The gradient passes unchanged.
 
-    The straight-through estimator (Bengio et al. 2013, arXiv 1308.3432): the true gradient is 0 almost everywhere. The
-    difference and the sum are exact in floating point, so that the result is the integer to the last bit.
+    The straight-through estimator (Bengio et al. 2013, arXiv 1308.3432): the true gradient is 0 almost everywhere. In
+    floating point, too, x and the difference to it add up to the integer, to the last bit.
     """
     q = x.round() if step == 1 else 2 * (x / 2).floor() + 1
     return x + (q - x).detach() if x.requires_grad else q

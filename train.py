@@ -435,6 +435,11 @@ def scheme_name(scheme):
     return f"W{scheme.wbits}A{scheme.abits} {scheme.rotation}{' midrise' * (scheme.grid == 'midrise')}"
 
 
+def run_name(wbits, abits, rotation, grid="midtread"):
+    """w4a3-single, say, or w4a3-single-midrise."""
+    return f"w{wbits}a{abits}-{rotation}{'-midrise' * (grid == 'midrise')}"
+
+
 def untrained_pictures(teacher, student, walks, n, seed):
     """{title: pictures} of the float model, and of none and single when they are only calibrated: what H alone does."""
     scheme, models = student.hqdm, {"float": teacher}
@@ -532,9 +537,7 @@ def defaults(args):
 
 def main(argv=None):
     args = parse(argv)
-    name = "teacher"
-    if args.wbits:
-        name = f"w{args.wbits}a{args.abits}-{args.rotation}{'-midrise' * (args.grid == 'midrise')}"
+    name = run_name(args.wbits, args.abits, args.rotation, args.grid) if args.wbits else "teacher"
     others = "resume", "out", "device", "data", "teacher", "score_every"     # these may differ where a run goes on
     settings = {k: v for k, v in vars(args).items() if k not in others}
     short = "full" if args.device.type == "cuda" else "short"

@@ -66,17 +66,22 @@ def rows_of(part):
              "searched": kind != "none"} for kind in ("none", "double", "single")]
 
 
+def options_of(row):
+    """A row as options of train.py."""
+    options = {k: v for k, v in row.items() if k not in ("paper", "searched")}
+    return [word for k, v in options.items() for word in (f"--{k.replace('_', '-')}", str(v))]
+
+
 def command_of(row):
-    """The training of a row."""
-    options = (f"--{k.replace('_', '-')} {v}" for k, v in row.items() if k not in ("paper", "searched"))
-    return " ".join(["python train.py", *options])
+    """What makes a row's model: train.py, which does not have the paper's rates, or this program."""
+    return "python experiments/grid.py paper" if row.get("paper") else " ".join(["python train.py", *options_of(row)])
 
 
 def name_of(row):
     """What a row is called: w4a3-single-midrise-seed0, and what else it has that others do not."""
     if row.get("paper"):
         return f"paper-{row['rotation']}"
-    main = f"w{row['wbits']}a{row['abits']}-{row['rotation']}{'-midrise' * (row.get('grid') == 'midrise')}"
+    main = train.run_name(row["wbits"], row["abits"], row["rotation"], row.get("grid"))
     plain = {"wbits", "abits", "rotation", "grid", *(EQUAL if EQUAL.items() <= row.items() else ())}
     return "-".join([main, *(f"{k}{v}" for k, v in row.items() if k not in plain)]).replace("_", "-")
 
@@ -111,7 +116,7 @@ def run_row(row, device, score_of):
     name, cuda = name_of(row), device.type == "cuda"
     out, rates, began = RUNS / name, dict(train.RATES), time.time()
     if not (out / "metrics.json").is_file():
-        argv = [*command_of(row).split()[2:], "--out", str(out), "--device", device.type]
+        argv = [*options_of(row), "--out", str(out), "--device", device.type]
         torch.cuda.reset_peak_memory_stats() if cuda else None
         try:
             train.RATES.update(PAPER_RATES if row.get("paper") else {})

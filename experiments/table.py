@@ -251,8 +251,8 @@ def speed():
             ("seconds of `make test` / the notebook / `make train`", "",
              f"{c['seconds_tests']:.0f} / {c['seconds_notebook']:.0f} / {c['seconds_train']:.0f}", "commands")]
     lines = [f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows]
-    note = (f"The code before its kernels moved into `plumbing/`, on an H100 and part by part in one call with the code "
-            f"of today: update ratio {slowest(before, (128, 512))}; pictures a second {rates(before)}; float training "
+    note = (f"The code before its kernels moved into `plumbing/`, on an H100 and each part in one call with the code "
+            f"after it: update ratio {slowest(before, (128, 512))}; pictures a second {rates(before)}; float training "
             f"{old['ours']:,.0f} / {old['ours, batch 1024']:,.0f} images a second; H x "
             f"{before['figures']['hadamard_fraction_of_copy']:.2f} of a copy's speed.")
     return "\n".join([lines[0], "|---|---|---|---|", *lines[1:], "", note]) + "\n"

@@ -13,7 +13,11 @@ from pathlib import Path
 import nbformat
 from nbconvert.preprocessors import ExecutePreprocessor
 
-FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from plumbing.runs import new_parser, run_cli  # noqa: E402
+
+FOLDER = ROOT / "notebooks"
 NUMBER = re.compile(r"-?\d[\d,]*\.?\d*(?:e[+-]?\d+)?")
 
 
@@ -32,16 +36,19 @@ def differ(old, new):
 
 
 def main():
-    write, names = "--write" in sys.argv, [a for a in sys.argv[1:] if not a.startswith("--")]
-    wrong = 0
-    for path in sorted(FOLDER.glob("*.ipynb")):
-        if names and path.stem not in names:
-            continue
+    every, wrong = sorted(path.stem for path in FOLDER.glob("*.ipynb")), 0
+    parser = new_parser(__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(every)} (all)")
+    parser.add_argument("--write", action="store_true", help="keep what they print")
+    args = parser.parse_args()
+    if unknown := set(args.names) - set(every):
+        raise ValueError(f"there is no notebook {unknown.pop()}; choose from {', '.join(every)}")
+    for path in (FOLDER / f"{name}.ipynb" for name in args.names or every):
         committed = nbformat.read(path, as_version=4)
         run = nbformat.from_dict(committed)
         ExecutePreprocessor(timeout=300).preprocess(run, {"metadata": {"path": str(FOLDER)}})
         old, new = printed(committed), printed(run)
-        if write:
+        if args.write:
             nbformat.write(run, path)
             old = new
         for cell in new:
@@ -53,4 +60,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

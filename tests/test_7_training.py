@@ -834,7 +834,7 @@ def test_the_declared_grid():
     names = [grid.name_of(row) for part in rows.values() for row in part]
     assert len(set(names)) == len(names) and len(rows["headline"]) == 4 * 2 * 3
     for row in (row for part in rows.values() for row in part):
-        args = train.parse([*grid.command_of(row).split()[2:], "--device", "cpu"])
+        args = train.parse([*grid.options_of(row), "--device", "cpu"])
         assert all(getattr(args, k) == v for k, v in row.items() if k not in ("paper", "searched"))
     assert all(grid.EQUAL.items() <= row.items() for row in rows["headline"])
     assert not {r["seed"] for r in rows["tune"]} & {r["seed"] for part in ("headline", "side", "paper") for r in rows[part]}
@@ -864,7 +864,8 @@ def test_the_grid_is_run_scored_and_gone_on_with(small, teacher_file, tmp_path, 
     scores, reference = sample.score(pictures, labels), sample.draw(sample.load_model(teacher_file), 4, 3)[0]
     assert {k: mine[k] for k in scores} == scores and mine["psnr"] == sample.psnr(pictures, reference)
     assert_close(mine["brightness"], (pictures.double() - reference.double()).mean().item())
-    assert mine["command"] == grid.command_of(row) and mine["part"] == "headline"
+    assert mine["command"] == " ".join(["python train.py", *grid.options_of(row)]) and mine["part"] == "headline"
+    assert made[grid.name_of(rows[1])]["command"] == "python experiments/grid.py paper"      # train.py has other rates
     with pytest.raises(ValueError, match="take it out first"):
         run(n="5")
 
