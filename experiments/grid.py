@@ -43,6 +43,7 @@ KINDS = {"none": dict(rotation="none"), "double": dict(rotation="double"), "sing
          "midrise": dict(rotation="single", grid="midrise")}
 BITS = {"w4a3": dict(wbits=4, abits=3), "w4a4": dict(wbits=4, abits=4)}
 EQUAL = dict(steps=2000, balance=0.5)                # of all rows of headline and side, from what tune found
+PICTURES = 10_000                                    # scored; of another number, -n, is said in a row's name
 PAPER_RATES = {"lora": 1 / 2500, "s_w": 1e-6, "s_x": 5e-4, "z_x": 5e-4}
 
 
@@ -181,7 +182,7 @@ def main():
     parser = new_parser(__doc__)
     parser.add_argument("parts", nargs="+", choices=("tune", "headline", "side", "paper", "spoil"))
     parser.add_argument("--share", nargs=2, type=natural, default=(0, 1), metavar=("I", "N"), help="rows I, I + N, ..")
-    parser.add_argument("-n", type=positive, default=10_000, help="pictures a model (10,000)")
+    parser.add_argument("-n", type=positive, default=PICTURES, help="pictures a model (10,000)")
     parser.add_argument("--seconds", type=positive, default=10**9, help="begin no row later than this")
     parser.add_argument("--checkpoint", default=str(CHECKPOINTS / "w4a3-single.pt"), help="of part spoil")
     parser.add_argument("--out", default=str(HERE / "results.json"))
@@ -194,13 +195,14 @@ def main():
     score_of = Scorer(load_model(CHECKPOINTS / "teacher.pt", device), args.n)
 
     def fill(make, name, part, command=None):
+        name = name if args.n == PICTURES else f"{name}-n{args.n}"
         old = {r["name"]: r for r in read(args.out)}.get(name)
-        if old and (old.get("command"), old["n"]) != (command, args.n):
-            raise ValueError(f"{args.out} has {name} by `{old.get('command')}` with n = {old['n']}; take it out first")
+        if old and old.get("command") != command:
+            raise ValueError(f"{args.out} has {name} by `{old.get('command')}`; take it out first")
         if old or time.time() - began > args.seconds:
             return
         row, made = make(), provenance({}, device, 0)
-        keep(args.out, {**row, "part": part, **{k: made[k] for k in ("hardware", "torch", "date")}})
+        keep(args.out, {**row, "name": name, "part": part, **{k: made[k] for k in ("hardware", "torch", "date")}})
         print(f"{name}: C-FID {row['c_fid']:.2f} C-IS {row['c_is']:.3f} PSNR {row['psnr']:.2f} dB, "
               f"{row.get('train_seconds', 0):.0f} s to train", flush=True)
 

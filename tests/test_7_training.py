@@ -847,6 +847,7 @@ def test_the_grid_is_run_scored_and_gone_on_with(small, teacher_file, tmp_path, 
     rows = [row, {**row, "seed": 1, "paper": True}]
     monkeypatch.setattr(grid, "rows_of", lambda part: rows)
     monkeypatch.setattr(grid, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(grid, "PICTURES", 4)
     for module in (grid, train):
         monkeypatch.setattr(module, "CHECKPOINTS", teacher_file.parent)
     lora = []
@@ -866,8 +867,16 @@ def test_the_grid_is_run_scored_and_gone_on_with(small, teacher_file, tmp_path, 
     assert_close(mine["brightness"], (pictures.double() - reference.double()).mean().item())
     assert mine["command"] == " ".join(["python train.py", *grid.options_of(row)]) and mine["part"] == "headline"
     assert made[grid.name_of(rows[1])]["command"] == "python experiments/grid.py paper"      # train.py has other rates
+    more = run(n="5")                                # other rows, of the same models
+    assert {name for name in more if name not in made} == {f"{name}-n5" for name in made} and len(lora) == 2
+    assert more["float-ddim-steps3-n5"]["n"] == 5 and {k: more[k] for k in made} == made
+    rows[0]["lr"] = 2.0                              # the same row by another command
+    monkeypatch.setattr(grid, "name_of", lambda row: grid.train.run_name(4, 3, "single", "midrise"))
+    results = json.loads((tmp_path / "r.json").read_text())
+    results["rows"].append({**mine, "name": grid.name_of(row)})
+    (tmp_path / "r.json").write_text(json.dumps(results))
     with pytest.raises(ValueError, match="take it out first"):
-        run(n="5")
+        run()
 
 
 def test_two_networks_draw_in_turns():
