@@ -23,7 +23,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, repeat
 
-from plumbing.kernels import kept
+import plumbing.norm  # noqa: F401  the kernel of group_norm
+from plumbing.kernels import kept, kernel
 
 T = 1000                # diffusion times that the network was trained on (DDPM section 4)
 GROUPS = 32             # groups of every GroupNorm: 2 to 8 channels each at our widths
@@ -38,22 +39,33 @@ def time_embedding(t, width):
     return torch.cat([angles.sin(), angles.cos()], dim=1)                # (B, width)
 
 
-def group_norm(x, groups, weight, bias, eps):
-    """F.group_norm of (B, C, h, w), for channels_last: mean and variance of a group come from those of its channels."""
+@kernel
+def group_norm(x, groups, weight, bias, eps, silu=False):
+    """F.group_norm of (B, C, h, w), for channels_last: mean and variance of a group come from those of its channels.
+
+    silu: F.silu of it, because a GPU does both in one pass.
+    """
     var_c, mean_c = torch.var_mean(x.float(), dim=(2, 3), correction=0)                  # (B, C)
     var_c, mean_c = (rearrange(v, "B (G c) -> B G c", G=groups) for v in (var_c, mean_c))
     mean = mean_c.mean(dim=2, keepdim=True)                                              # (B, G, 1)
     var = (var_c + (mean_c - mean) ** 2).mean(dim=2, keepdim=True)                       # within channels and between
     scale = rearrange((var + eps).rsqrt().expand_as(var_c), "B G c -> B (G c)") * weight
     shift = bias - rearrange(mean.expand_as(var_c), "B G c -> B (G c)") * scale
-    return torch.addcmul(rearrange(shift, "B C -> B C 1 1"), x, rearrange(scale, "B C -> B C 1 1"))
+    y = torch.addcmul(rearrange(shift, "B C -> B C 1 1"), x, rearrange(scale, "B C -> B C 1 1"))
+    return F.silu(y) if silu else y
 
 
 class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm, on CUDA without copies: its own kernel reads NCHW alone, and our networks are channels_last."""
+    """nn.GroupNorm, then SiLU if asked for. On CUDA without copies: PyTorch's reads NCHW alone, ours are channels_last."""
+
+    def __init__(self, channels, silu=False):
+        super().__init__(GROUPS, channels)
+        self.silu = silu
 
     def forward(self, x):
-        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps) if x.is_cuda else super().forward(x)
+        if x.is_cuda:
+            return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, self.silu)
+        return F.silu(super().forward(x)) if self.silu else super().forward(x)
 
 
 class ResBlock(nn.Module):
@@ -61,18 +73,18 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in, c_out, c_emb, dropout):
         super().__init__()
-        self.norm1, self.conv1 = GroupNorm(GROUPS, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm1, self.conv1 = GroupNorm(c_in, silu=True), nn.Conv2d(c_in, c_out, 3, padding=1)
         self.emb = nn.Linear(c_emb, c_out)
-        self.norm2, self.conv2 = GroupNorm(GROUPS, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm2, self.conv2 = GroupNorm(c_out, silu=True), nn.Conv2d(c_out, c_out, 3, padding=1)
         self.dropout = nn.Dropout(dropout)
         # The shortcut is a plain wire unless the width changes.
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         nn.init.zeros_(self.conv2.weight)            # each block starts near the identity: deep nets train from step 1
 
     def forward(self, x, emb):
-        r = self.conv1(F.silu(self.norm1(x)))                            # (B, c_out, h, w)
+        r = self.conv1(self.norm1(x))                                    # (B, c_out, h, w)
         r = r + rearrange(self.emb(emb), "B C -> B C 1 1")               # one number a channel tells time and class
-        r = self.conv2(self.dropout(F.silu(self.norm2(r))))
+        r = self.conv2(self.dropout(self.norm2(r)))
         return self.skip(x) + r
 
 
@@ -82,7 +94,7 @@ class Attention(nn.Module):
     def __init__(self, channels, head=32):
         super().__init__()
         self.heads = channels // head
-        self.norm = GroupNorm(GROUPS, channels)
+        self.norm = GroupNorm(channels)
         self.qkv, self.proj = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
         nn.init.zeros_(self.proj.weight)             # identity at the start, as in ResBlock
 
@@ -149,7 +161,7 @@ class UNet(nn.Module):
                 self.up[-1]["resample"] = nn.Conv2d(c, c, 3, padding=1)  # after a nearest-neighbour doubling
                 side *= 2
 
-        self.norm_out, self.conv_out = GroupNorm(GROUPS, c), nn.Conv2d(c, 3, 3, padding=1)
+        self.norm_out, self.conv_out = GroupNorm(c, silu=True), nn.Conv2d(c, 3, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
 
     @staticmethod
@@ -183,7 +195,7 @@ class UNet(nn.Module):
             if "resample" in level:
                 # Each pixel four times. F.interpolate does the same; its gradient is a scatter, and slow when compiled.
                 x = level["resample"](rearrange(repeat(x, "B C h w -> B (h 2) (w 2) C"), "B h w C -> B C h w"))
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(self.norm_out(x))
 
     @staticmethod
     def _run(row, x, emb):
