@@ -55,6 +55,7 @@ before it is rounded; a scale s_w for each output channel; one activation scale 
     t, S      timesteps     (S,)                       DDIM times with a scale; a sample takes the nearest to its t
 """
 import contextlib
+import itertools
 import math
 import threading
 from typing import NamedTuple
@@ -600,8 +601,9 @@ def search_scale(v, grid, p, ends=False, span=None, shrinks=80):
     that is z = 0, and all that is negative is lost. With the lower end kept, the upper one can come down until z = 1.
     """
     few = max(1, 2**21 // ((3 if ends else 1) * shrinks * v.shape[1]))       # rows that a CPU's cache holds: faster
-    if v.device.type == "cpu" and len(v) > few and span is None:
-        parts = [search_scale(rows, grid, p, ends, shrinks=shrinks) for rows in v.split(few)]
+    if v.device.type == "cpu" and len(v) > few:
+        spans = zip(*(end.split(few) for end in span)) if span else itertools.repeat(None)
+        parts = [search_scale(rows, grid, p, ends, each, shrinks) for rows, each in zip(v.split(few), spans)]
         return tuple(map(torch.cat, zip(*parts)))
     lo, hi = span or (v.amin(1, keepdim=True), v.amax(1, keepdim=True))
     (q_min, q_max, _), lo, hi = grid, lo.clamp(max=0), hi.clamp(min=0)          # 0 stays on the grid: padding is exact
@@ -623,15 +625,34 @@ def fit_scale(quantizer, x, step=0, samples=8192):
 
     Raises ValueError where x is not finite, or has other channels than the quantizer.
     """
-    if x.shape[-1] != quantizer.channels or not x.isfinite().all():
-        raise ValueError(f"no scale fits x {(*x.shape,)}: it must be finite and end in {quantizer.channels} channels")
+    fit_scales([(quantizer, *sample_of(quantizer, x, samples))], step)
+
+
+def sample_of(quantizer, x, samples=8192):
+    """Of the values of H x: some drawn at random, (1, samples); the smallest and the largest of all, (1, 1) each."""
+    if x.shape[-1] != quantizer.channels:
+        raise ValueError(f"no scale fits x {(*x.shape,)}: it must end in {quantizer.channels} channels")
     v = hadamard(x.float(), -1, quantizer.block).flatten()
-    span = v.amin().view(1, 1), v.amax().view(1, 1)              # the range of all values, the error of a sample
     pick = torch.randint(len(v), (samples,), generator=torch.Generator().manual_seed(0)).to(v.device)
-    s, z = search_scale(v[pick][None], quantizer.grid, p=2, ends=not quantizer.symmetric, span=span)
-    quantizer.log_s_x[step] = s[0, 0].where(v.any(), 1.0).log()              # of zeros alone: 1, as good as any
-    if not quantizer.symmetric:
-        quantizer.z_x[step] = z[0, 0]
+    return v[pick][None], v.amin().view(1, 1), v.amax().view(1, 1)
+
+
+def fit_scales(found, step):
+    """fit_scale of many quantizers, each with what sample_of found: those that share a grid are searched at once."""
+    grids = {}
+    for quantizer, *samples in found:
+        grids.setdefault((quantizer.grid, quantizer.symmetric), []).append((quantizer, *samples))
+    for (grid, symmetric), rows in grids.items():
+        quantizers, *samples = zip(*rows)
+        v, lo, hi = map(torch.cat, samples)                      # the range of all values, the error of a sample
+        if not (hi - lo).isfinite().all():
+            raise ValueError("no scale fits an activation that is not finite")
+        s, z = search_scale(v, grid, p=2, ends=not symmetric, span=(lo, hi))
+        log_s = s.where((lo != 0) | (hi != 0), 1.0).log()        # of zeros alone: 1, as good as any
+        for i, quantizer in enumerate(quantizers):
+            quantizer.log_s_x[step] = log_s[i, 0]
+            if not symmetric:
+                quantizer.z_x[step] = z[i, 0]
 
 
 def check_calibrated(quantizer):
@@ -656,16 +677,15 @@ def calibrate(student, teacher, batches):
     for a layer that a call uses twice.
     """
     times, twins = student.hqdm.timesteps, dict(teacher.named_modules())
-    left, step, seen = list(times), None, set()
+    left, found = list(times), {}                                # found: {layer: (quantizer, *sample_of ..)} of a call
 
-    def fit(name, layer):
+    def look_at(name, layer):
         def look(_, args):
-            if name in seen:
+            if name in found:
                 raise ValueError(f"{name} is used twice in a call, and has one scale; leave it in float: skip={[name]}")
-            seen.add(name)
-            fit_scale(layer.activations, layer.channels_last(args[0]), step)
+            found[name] = layer.activations, *sample_of(layer.activations, layer.channels_last(args[0]))
         return look
-    hooks = [twins[name].register_forward_pre_hook(fit(name, layer)) for name, layer in student.named_modules()
+    hooks = [twins[name].register_forward_pre_hook(look_at(name, layer)) for name, layer in student.named_modules()
              if isinstance(layer, HQLayer)]
     try:
         for batch in batches:
@@ -673,8 +693,9 @@ def calibrate(student, teacher, batches):
             if len(t) != 1 or t[0] not in left:
                 raise ValueError("calibrate takes one batch for each of the timesteps, with that t for all samples")
             left.remove(t[0])
-            step, seen = times.index(t[0]), set()
+            found.clear()
             teacher(*batch)
+            fit_scales(found.values(), times.index(t[0]))
     finally:
         for hook in hooks:
             hook.remove()

@@ -4,7 +4,7 @@
     python experiments/grid.py headline --share 0 2               # every second row, on the first of two GPUs;
     python experiments/grid.py headline --share 1 2               # and the others on the second: both fill one file
 
-tune      three kinds at W4A3, three balances of the loss, on a seed that no other part has
+tune      three kinds at W4A3, balances of the loss and numbers of updates, on a seed that no other part has
 headline  none, double, single, single midrise at W4A3 and W4A4, three seeds, equal updates
 side      one seed each: one update alone; blocks, rank, bits; models of 10, 20 and 100 DDIM steps
 paper     the paper's own recipe, and the baseline with zero points that are not searched
@@ -51,8 +51,9 @@ def rows_of(part):
     """The rows of a part: options of train.py; "paper": with the paper's rates, "searched": see rates.py."""
     w4a3, one = BITS["w4a3"], {**BITS["w4a3"], **EQUAL, "seed": 0}
     if part == "tune":
-        return [{**w4a3, **KINDS[kind], "seed": 100, "steps": 1000, "balance": balance}
-                for balance in (0.0, 0.5, 1.0) for kind in ("none", "single", "midrise")]
+        tried = [(1000, 0.0), (1000, 0.5), (1000, 1.0), (2000, 0.5), (4000, 0.5)]
+        return [{**w4a3, **KINDS[kind], "seed": 100, "steps": steps, "balance": balance}
+                for steps, balance in tried for kind in ("none", "single", "midrise")]
     if part == "headline":
         return [{**bits, **kind, **EQUAL, "seed": seed}
                 for seed in range(3) for bits in BITS.values() for kind in KINDS.values()]

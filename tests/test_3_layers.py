@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import hqdm
+import unet  # noqa: F401  its kernel, too
 from conftest import DEVICES
 from plumbing import kernels
 
@@ -101,6 +102,7 @@ def cases(block, dtype=torch.float32):
             "rotate_and_quantize": [(x, s, None, hqdm.Grid(-3, 3), block), (x, s, z, hqdm.Grid(0, 7), 1),
                                     (x, s, None, hqdm.Grid(-7, 7), block, torch.int8), (x, s, None, hqdm.Grid(-7, 7, 2), block)],
             "scale_and_bias": [(acc, scales)],
+            "group_norm": [(acc.movedim(-1, 1) + 1, 32, w, scales[2], 1e-5, silu) for silu in (False, True)],
             "int_product": [(q_x, q_w, 1, 1), (q_x, q_w, 2, 1, scales), (q_x.to(torch.int16) * 30, q_w, 1, 0, scales),
                            (q_x, q_w.clamp(-99, 99).to(torch.int8), 1, 1), (q_x.int() * 999, q_w.long(), 1, 1)]}
 
@@ -134,11 +136,11 @@ def test_kernels_are_their_definitions(name, block, monkeypatch):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for args in cases(block)[name]:
         args = on(device, args)
-        fast = with_gradients(getattr(hqdm, name), args)
+        fast = with_gradients(kernels.CHOSEN[name], args)
         with monkeypatch.context() as m:
             m.setattr(kernels, "ENABLED", False)
             here = args if name != "int_product" else on("cpu", args)         # whose definition is the CPU's
-            slow = with_gradients(getattr(hqdm, name).__wrapped__, here)
+            slow = with_gradients(kernels.CHOSEN[name].__wrapped__, here)
         for a, b in zip(fast, slow):
             assert a.dtype == b.dtype and a.shape == b.shape
             if a.is_floating_point():                # a rare value on the border of two steps may round either way
@@ -227,11 +229,14 @@ def test_scales_are_missed_where_they_are_missing():
     with hqdm.at(torch.tensor(0), (9, 0)):
         assert new(x).isfinite().all()
     x[0, 0] = float("inf")
-    for wrong in (x, torch.ones(2, 8)):
-        with pytest.raises(ValueError, match="must be finite and end in 32 channels"):
+    for wrong, message in ((x, "not finite"), (x.nan_to_num() * math.nan, "not finite"), (torch.ones(2, 8), "must end in 32 channels")):
+        with pytest.raises(ValueError, match=message):
             fit(new, wrong)
     fit(new, torch.zeros(2, 32), step=1)             # as a t of 0 gives: a scale that later values can live with
     assert new.activations.log_s_x[1] == 0
+    one_number = hqdm.ActivationQuantizer(32, 3, "none")
+    hqdm.fit_scale(one_number, torch.full((2, 32), 5.0))
+    assert_close(one_number(torch.full((2, 32), 5.0))[0] * one_number.log_s_x.exp(), torch.full((2, 32), 5.0))
 
 
 @pytest.mark.parametrize("scheme, message", [

