@@ -628,13 +628,18 @@ def fit_scale(quantizer, x, step=0, samples=8192):
     fit_scales([(quantizer, *sample_of(quantizer, x, samples))], step)
 
 
+@kept
+def places(n, samples, device):
+    """Numbers below n drawn at random, always the same: (samples,)."""
+    return torch.randint(n, (samples,), generator=torch.Generator().manual_seed(0)).to(device)
+
+
 def sample_of(quantizer, x, samples=8192):
     """Of the values of H x: some drawn at random, (1, samples); the smallest and the largest of all, (1, 1) each."""
     if x.shape[-1] != quantizer.channels:
         raise ValueError(f"no scale fits x {(*x.shape,)}: it must end in {quantizer.channels} channels")
     v = hadamard(x.float(), -1, quantizer.block).flatten()
-    pick = torch.randint(len(v), (samples,), generator=torch.Generator().manual_seed(0)).to(v.device)
-    return v[pick][None], v.amin().view(1, 1), v.amax().view(1, 1)
+    return v[places(len(v), samples, v.device)][None], v.amin().view(1, 1), v.amax().view(1, 1)
 
 
 def fit_scales(found, step):
