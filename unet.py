@@ -56,7 +56,7 @@ def group_norm(x, groups, weight, bias, eps, silu=False):
 
 
 class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm, then SiLU if asked for. On CUDA without copies: PyTorch's reads NCHW alone, ours are channels_last."""
+    """nn.GroupNorm; then SiLU, if asked for. On CUDA PyTorch's own reads NCHW alone, and ours are channels_last."""
 
     def __init__(self, channels, silu=False):
         super().__init__(GROUPS, channels)

@@ -104,7 +104,8 @@ if triton is not None:
 
 
 def _takes_images(x, groups, weight, bias, eps, silu=False):
-    return on_triton(x) and x.ndim == 4 and weight.dtype == bias.dtype == torch.float32 and x.shape[2] * x.shape[3] <= 2**16
+    small = x.ndim == 4 and x.shape[2] * x.shape[3] <= 2**16     # chunks that one program can join
+    return small and on_triton(x) and weight.dtype == bias.dtype == torch.float32
 
 
 @has_kernel("group_norm", _takes_images)
