@@ -1,8 +1,7 @@
 """The experiment: a declared grid of quantized models, a training each, all scored alike -> experiments/results.json.
 
     python experiments/grid.py tune headline side paper spoil     # all; rows that results.json has are left out
-    python experiments/grid.py headline --share 0 2               # every second row, on the first of two GPUs;
-    python experiments/grid.py headline --share 1 2               # and the others on the second: both fill one file
+    CUDA_VISIBLE_DEVICES=1 python experiments/grid.py headline    # beside it on a second GPU: each takes what is left
 
 tune      three kinds at W4A3, balances of the loss and numbers of updates, on a seed that no other part has
 headline  none, double, single, single midrise at W4A3 and W4A4, three seeds, equal updates
@@ -26,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import hqdm  # noqa: E402
 import train  # noqa: E402
-from plumbing.runs import (natural, new_parser, pick_device, positive, provenance, recorded, run_cli,  # noqa: E402
+from plumbing.runs import (lock, new_parser, pick_device, positive, provenance, recorded, run_cli,  # noqa: E402
                            write_json)
 from rates import searched  # noqa: E402
 from sample import (CHECKPOINTS, draw, load_judge, load_model, noise_and_labels, psnr, score,  # noqa: E402
@@ -164,46 +163,56 @@ def spoil_row(name, model, k, float_first, score_of):
 
 # ---------------------------------------------------------------- the file
 
+@contextlib.contextmanager
+def taken(name):
+    """Whether this process is to make the row: no other one is at it, until the end of the block, however that ends."""
+    folder = RUNS / "taken" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        held = lock(folder)
+    except ValueError:
+        yield False
+        return
+    with held:
+        yield True
+
+
 def keep(path, row):
-    """Add a row to results.json, and all that other processes have put beside their runs meanwhile."""
+    """Add a row to results.json."""
     write_json(RUNS / row["name"] / "row.json", row)
-    rows = {r["name"]: r for r in read(path)}
-    for other in sorted(RUNS.glob("*/row.json")):
-        with contextlib.suppress(FileNotFoundError):
-            other = json.loads(other.read_text())
-            rows[other["name"]] = other
-    write_json(path, {"rows": [rows[name] for name in sorted(rows)]})
+    write_json(path, {"rows": read(path)})
 
 
 def read(path):
-    return json.loads(Path(path).read_text())["rows"] if Path(path).is_file() else []
+    """The rows of results.json, and those that other processes have put beside their runs meanwhile, by name."""
+    rows = json.loads(Path(path).read_text())["rows"] if Path(path).is_file() else []
+    rows += [json.loads(other.read_text()) for other in RUNS.glob("*/row.json")]
+    rows = {row["name"]: row for row in rows}
+    return [rows[name] for name in sorted(rows)]
 
 
 def main():
     parser = new_parser(__doc__)
     parser.add_argument("parts", nargs="+", choices=("tune", "headline", "side", "paper", "spoil"))
-    parser.add_argument("--share", nargs=2, type=natural, default=(0, 1), metavar=("I", "N"), help="rows I, I + N, ..")
     parser.add_argument("-n", type=positive, default=PICTURES, help="pictures a model (10,000)")
     parser.add_argument("--seconds", type=positive, default=10**9, help="begin no row later than this")
     parser.add_argument("--checkpoint", default=str(CHECKPOINTS / "w4a3-single.pt"), help="of part spoil")
     parser.add_argument("--out", default=str(HERE / "results.json"))
     parser.add_argument("--device")
     args = parser.parse_args()
-    first, of = args.share
-    if first >= of:
-        raise ValueError(f"--share {first} {of}: the first number must be below the second")
     device, began = pick_device(args.device), time.time()
     score_of = Scorer(load_model(CHECKPOINTS / "teacher.pt", device), args.n)
 
     def fill(make, name, part, command=None):
         name = name if args.n == PICTURES else f"{name}-n{args.n}"
-        old = {r["name"]: r for r in read(args.out)}.get(name)
-        if old and old.get("command") != command:
-            raise ValueError(f"{args.out} has {name} by `{old.get('command')}`; take it out first")
-        if old or time.time() - began > args.seconds:
-            return
-        row, made = make(), provenance({}, device, 0)
-        keep(args.out, {**row, "name": name, "part": part, **{k: made[k] for k in ("hardware", "torch", "date")}})
+        with taken(name) as mine:                    # else another process is at it
+            old = {r["name"]: r for r in read(args.out)}.get(name)
+            if old and old.get("command") != command:
+                raise ValueError(f"{args.out} has {name} by `{old.get('command')}`; take it out first, and runs/grid/{name}")
+            if old or not mine or time.time() - began > args.seconds:
+                return
+            row, made = make(), provenance({}, device, 0)
+            keep(args.out, {**row, "name": name, "part": part, **{k: made[k] for k in ("hardware", "torch", "date")}})
         print(f"{name}: C-FID {row['c_fid']:.2f} C-IS {row['c_is']:.3f} PSNR {row['psnr']:.2f} dB, "
               f"{row.get('train_seconds', 0):.0f} s to train", flush=True)
 
@@ -217,7 +226,7 @@ def main():
         rows = rows_of(part)
         for steps in sorted({row.get("ddim_steps", 50) for row in rows}):
             fill(functools.partial(score_of.float_row, steps), f"float-ddim-steps{steps}", part)
-        for row in rows[first::of]:
+        for row in rows:
             fill(functools.partial(run_row, row, device, score_of), name_of(row), part, command_of(row))
 
 

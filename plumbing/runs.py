@@ -354,7 +354,7 @@ def run_folder(out, name, resume):
                     folder.rmdir()
 
 
-def _lock(folder):
+def lock(folder):
     """A file that stays open and locked while a run works in a folder, and is free again however it ends."""
     lock = open(folder / ".lock", "w")
     try:
@@ -374,7 +374,7 @@ def _open_folder(out, name, resume, locks):
         folder = folder if out else _latest(folder)
         if not (folder / "last.pt").is_file():
             raise FileNotFoundError(f"nothing to resume in {folder}: it has no last.pt")
-        locks.enter_context(_lock(folder))
+        locks.enter_context(lock(folder))
         for part in folder.glob("*.tmp"):            # of a save that a kill cut off
             part.unlink()
         return folder
@@ -390,7 +390,7 @@ def _open_folder(out, name, resume, locks):
             except FileExistsError:
                 others = (folder.with_name(f"{name}-{i}") for i in range(2, 10_000))
                 folder = next(p for p in others if not p.exists())
-        locks.enter_context(_lock(folder))
+        locks.enter_context(lock(folder))
     except OSError as e:
         raise ValueError(f"cannot write to {folder}: {e.strerror}") from None
     return folder

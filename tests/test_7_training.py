@@ -856,8 +856,10 @@ def test_the_grid_is_run_scored_and_gone_on_with(small, teacher_file, tmp_path, 
         monkeypatch.setattr(sys, "argv", ["grid.py", "headline", "-n", n, "--device", "cpu", "--out", str(tmp_path / "r.json"), *more])
         grid.main()
         return {r["name"]: r for r in json.loads((tmp_path / "r.json").read_text())["rows"]}
-    made = {**run("--share", "0", "2"), **run("--share", "1", "2")}
-    assert lora == [train.RATES["lora"], 1 / 2500] and run() == made and len(lora) == 2
+    with grid.taken(grid.name_of(row)) as mine:      # another process is at the first row
+        assert mine and list(run()) == ["float-ddim-steps3", grid.name_of(rows[1])]
+    made = run()
+    assert lora == [1 / 2500, train.RATES["lora"]] and run() == made and len(lora) == 2
     float_row, mine = made["float-ddim-steps3"], made[grid.name_of(row)]
     assert float_row["psnr"] == 99 and float_row["brightness"] == 0 and float_row["contrast"] == 1 and len(made) == 3
     folder = tmp_path / "runs" / grid.name_of(row)
