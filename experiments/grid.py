@@ -208,7 +208,7 @@ def main():
         with taken(name) as mine:                    # else another process is at it
             old = {r["name"]: r for r in read(args.out)}.get(name)
             if old and old.get("command") != command:
-                raise ValueError(f"{args.out} has {name} by `{old.get('command')}`; take it out first, and runs/grid/{name}")
+                raise ValueError(f"{args.out} has {name} by `{old.get('command')}`; take it out first, in {RUNS}, too")
             if old or not mine or time.time() - began > args.seconds:
                 return
             row, made = make(), provenance({}, device, 0)

@@ -115,6 +115,25 @@ def test_tables_are_made_from_json():
             assert make() == page.partition(start)[2].partition(end)[0] and len(make()) > 100
 
 
+def test_means_deviations_and_goals_of_the_experiment():
+    """From made-up rows: mean ± deviation over seeds, goals met and missed, intervals that touch and that do not."""
+    results = importlib.import_module("results")
+    same = {"wbits": 4, "abits": 3, "n": 9, "ddim_steps": 50, "steps": 7, "balance": 0.5, "part": "headline", "hardware": "x",
+            "accuracy": 0.8, "psnr": 30.0, "megabytes": 5.27}
+    top = {**same, "wbits": 32, "c_fid": 10.0, "c_is": 8.0}
+    def rows(rotation, fids, scores, grid="midtread"):
+        return [{**same, "rotation": rotation, "grid": grid, "seed": i, "c_fid": f, "c_is": c} for i, (f, c) in enumerate(zip(fids, scores))]
+    made = [top, *rows("none", (20, 22, 24), (7.0, 7.1, 7.2)), *rows("single", (16, 17, 18), (7.6, 7.7, 7.8)),
+            *rows("single", (15, 16, 26), (7.70, 7.75, 7.80), "midrise")]
+    table, goals = results.headline(made), results.goals(made)
+    assert "| W4A3 | none | 22.0 ± 2.0 | 7.10 ± 0.10, 88.8% |" in table and "W4A4" not in table and "| float | | 10.0 | 8.00, 100%" in table
+    assert "single: C-IS 96.2% of float (goal 95.5%), C-FID 1.70 times (goal 1.65): met and missed." in goals
+    assert "mid-rise grid: C-IS 96.9% of float (goal 97.0%), C-FID 1.90 times (goal 1.65): missed and missed." in goals
+    assert "W4A3 single against none: C-FID ahead, intervals apart; C-IS ahead, intervals apart." in goals
+    assert "mid-rise grid against none: C-FID ahead, intervals touch; C-IS ahead, intervals apart." in goals
+    assert results.headline(made, {(3, "single")}).count("| W4A3 ") == 1
+
+
 def test_what_the_pages_say_of_the_results():
     """Each sentence about the scores, "not reached" included, holds for the JSON that the tables are made from."""
     table = importlib.import_module("table")

@@ -1,0 +1,191 @@
+"""Tables and figures of the experiment, from results.json, which grid.py fills; table.py puts them into the pages.
+
+    python experiments/results.py          # print the tables; draw updates.png, spoil.png
+"""
+import json
+import sys
+from pathlib import Path
+from statistics import fmean as mean, stdev
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from plumbing.runs import new_parser, run_cli, whole_file  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+KINDS = {"none": "none", "double": "double", "single": "single", "midrise": "single, mid-rise grid"}
+COLOURS = {"none": "C1", "double": "C3", "single": "C0", "midrise": "C2"}
+# What the experiment was to reach: C-IS as a share of the float model's, and C-FID in times its, at most.
+GOALS = {(4, "single"): (0.99, 1.15), (3, "single"): (0.955, 1.65), (3, "midrise"): (0.97, 1.65)}
+
+
+def read():
+    return json.loads((HERE / "results.json").read_text())["rows"]
+
+
+def kind(row):
+    return "midrise" if row.get("grid") == "midrise" else row["rotation"]
+
+
+def of_part(rows, part):
+    return [r for r in rows if r["part"] == part and r["wbits"] < 32]
+
+
+def float_row(rows, n, steps=50):
+    return next(r for r in rows if r["wbits"] == 32 and (r["n"], r["ddim_steps"]) == (n, steps))
+
+
+def groups(rows):
+    """{(abits, kind): rows of all seeds} of part headline, more bits first."""
+    found = {(a, k): [r for r in of_part(rows, "headline") if (r["abits"], kind(r)) == (a, k)]
+             for a in (4, 3) for k in KINDS}
+    return {key: seeds for key, seeds in found.items() if seeds}
+
+
+def spread(values, digits=1, unit=1):
+    """mean ± standard deviation, of one alone without it."""
+    one = f"{mean(values) * unit:.{digits}f}"
+    return f"{one} ± {stdev(values) * unit:.{digits}f}" if len(values) > 1 else one
+
+
+def headline(rows, chosen=None):
+    """Markdown: the float model, and mean ± deviation over seeds of each kind; chosen: some of (abits, kind)."""
+    found = groups(rows)
+    first = next(iter(found.values()))[0]
+    top = float_row(rows, first["n"])
+    lines = ["| | rotation | C-FID | C-IS, share of float | class accuracy | PSNR dB | MB |", "|---|---|---|---|---|---|---|",
+             f"| float | | {top['c_fid']:.1f} | {top['c_is']:.2f}, 100% | {top['accuracy']:.1%} | | 17.91 |"]
+    for (abits, name), seeds in found.items():
+        if chosen and (abits, name) not in chosen:
+            continue
+        c_is = [r["c_is"] for r in seeds]
+        lines.append(f"| W4A{abits} | {KINDS[name]} | {spread([r['c_fid'] for r in seeds])} "
+                     f"| {spread(c_is, 2)}, {mean(c_is) / top['c_is']:.1%} | {spread([r['accuracy'] for r in seeds], 1, 100)} % "
+                     f"| {spread([r['psnr'] for r in seeds])} | {first['megabytes']:.2f} |")
+    seeds = sorted({r["seed"] for r in of_part(rows, "headline")})
+    note = (f"\n{first['n']:,} pictures a model, {first['ddim_steps']} DDIM steps, guidance 1; mean ± standard deviation of "
+            f"seeds {', '.join(map(str, seeds))}, {first['steps']:,} updates each at balance {first['balance']:g}, on "
+            f"{first['hardware']} (`python experiments/grid.py headline`).")
+    return "\n".join([*lines, note]) + "\n"
+
+
+def apart(a, b, key):
+    """Whether mean ± deviation of two lists of rows do not touch, as words."""
+    a, b = [r[key] for r in a], [r[key] for r in b]
+    return abs(mean(a) - mean(b)) > (stdev(a) + stdev(b) if min(len(a), len(b)) > 1 else 0)
+
+
+def goals(rows):
+    """Markdown: each goal of the experiment and what was reached."""
+    found, lines = groups(rows), []
+    top = float_row(rows, next(iter(found.values()))[0]["n"])
+    for (abits, name), (share, times) in GOALS.items():
+        if seeds := found.get((abits, name)):
+            got_share, got_times = mean(r["c_is"] for r in seeds) / top["c_is"], mean(r["c_fid"] for r in seeds) / top["c_fid"]
+            said = " and ".join("met" if ok else "missed" for ok in (got_share >= share, got_times <= times))
+            lines.append(f"- W4A{abits} {KINDS[name]}: C-IS {got_share:.1%} of float (goal {share:.1%}), C-FID "
+                         f"{got_times:.2f} times (goal {times}): {said}.")
+    for abits in (4, 3):
+        none = found.get((abits, "none"))
+        for name in ("single", "midrise", "double"):
+            if none and (seeds := found.get((abits, name))):
+                words = []
+                for key, title, sign in (("c_fid", "C-FID", 1), ("c_is", "C-IS", -1)):
+                    ahead = sign * (mean(r[key] for r in none) - mean(r[key] for r in seeds)) > 0
+                    words.append(f"{title} {'ahead' if ahead else 'behind'}, "
+                                 f"{'intervals apart' if apart(none, seeds, key) else 'intervals touch'}")
+                lines.append(f"- W4A{abits} {KINDS[name]} against none: {'; '.join(words)}.")
+    return "\n".join(lines) + "\n"
+
+
+def tune(rows):
+    """Markdown: what was tried on a seed that is not reported."""
+    found = of_part(rows, "tune")
+    lines = ["| updates | balance | " + " | ".join(KINDS[k] for k in ("none", "single", "midrise")) + " |", "|---|---|---|---|---|"]
+    for steps, balance in sorted({(r["steps"], r["balance"]) for r in found}):
+        cells = []
+        for name in ("none", "single", "midrise"):
+            row = next((r for r in found if (r["steps"], r["balance"], kind(r)) == (steps, balance, name)), None)
+            cells.append(f"{row['c_fid']:.1f} / {row['c_is']:.2f} / {row['psnr']:.1f}" if row else "")
+        lines.append(f"| {steps:,} | {balance:g} | {' | '.join(cells)} |")
+    top = float_row(rows, found[0]["n"])
+    return "\n".join([*lines, f"\nC-FID / C-IS / PSNR in dB of {found[0]['n']:,} pictures at W4A3, seed {found[0]['seed']} (float: "
+                              f"{top['c_fid']:.1f} / {top['c_is']:.2f}), on {found[0]['hardware']} (`python experiments/grid.py "
+                              f"tune -n {found[0]['n']}`).\n"])
+
+
+def side(rows):
+    """Markdown: the side rows and the paper's recipe, one seed each."""
+    lines = ["| what | C-FID | C-IS | class accuracy | PSNR dB | updates |", "|---|---|---|---|---|---|"]
+    for r in [r for r in rows if r["part"] in ("side", "paper", "clamp")]:
+        lines.append(f"| {r['name']} | {r['c_fid']:.1f} | {r['c_is']:.2f} | {r['accuracy']:.1%} | {r['psnr']:.1f} "
+                     f"| {r.get('steps', '')} |")
+    return "\n".join(lines) + "\n"
+
+
+def figure(path, panels, draw):
+    """A PNG of `panels` axes side by side, each drawn by draw(ax, i)."""
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(4.6 * panels, 3.6), layout="constrained", dpi=110)
+    for i, ax in enumerate(fig.subplots(1, panels, squeeze=False)[0]):
+        draw(ax, i)
+        ax.grid(alpha=0.3)
+    with whole_file(path) as part:
+        fig.savefig(part, format="png")
+
+
+SCORES = (("c_fid", "C-FID (lower is better)"), ("c_is", "C-IS (higher is better)"), ("psnr", "PSNR to float, dB"))
+
+
+def draw_updates(rows, path):
+    """C-FID, C-IS and PSNR against updates, at the balance of the longest runs; float dashed."""
+    found = of_part(rows, "tune")
+    balance = max(found, key=lambda r: r["steps"])["balance"]
+    found = [r for r in found if r["balance"] == balance]
+    top = float_row(rows, found[0]["n"])
+
+    def draw(ax, i):
+        key, title = SCORES[i]
+        for name in KINDS:
+            points = sorted((r["steps"], r[key]) for r in found if kind(r) == name)
+            if points:
+                ax.plot(*zip(*points), "o-", markersize=4, color=COLOURS[name], label=KINDS[name])
+        if key != "psnr":
+            ax.axhline(top[key], color="0.4", linestyle="--", linewidth=1, label="float")
+        ticks = sorted({r["steps"] for r in found})
+        ax.set(title=title, xlabel="updates", xscale="log")
+        ax.set_xticks(ticks, [f"{t:,}" for t in ticks])
+        ax.minorticks_off()
+        if i == 0:
+            ax.legend(frameon=False, fontsize=9)
+    figure(path, 3, draw)
+
+
+def draw_spoil(rows, path):
+    """C-FID and PSNR where one network does the first k steps and the other one the rest."""
+    found = [r for r in rows if r["part"] == "spoil"]
+
+    def draw(ax, i):
+        key, title = (SCORES[0], SCORES[2])[i]
+        for float_first, colour, label in ((True, "C0", "float first, W4A3 after"), (False, "C1", "W4A3 first, float after")):
+            ax.plot(*zip(*sorted((r["k"], r[key]) for r in found if r["float_first"] == float_first)), "o-", markersize=4,
+                    color=colour, label=label)
+        ax.set(title=title, xlabel=f"steps of the first, k of {found[0]['ddim_steps']}")
+        if i == 0:
+            ax.legend(frameon=False, fontsize=9)
+    figure(path, 2, draw)
+
+
+def main():
+    new_parser(__doc__).parse_args()
+    rows = read()
+    parts = {r["part"] for r in rows}
+    for part, make in (("headline", headline), ("headline", goals), ("tune", tune), ("side", side)):
+        if part in parts:
+            print(make(rows))
+    if "tune" in parts:
+        draw_updates(rows, HERE / "updates.png")
+    if "spoil" in parts:
+        draw_spoil(rows, HERE / "spoil.png")
+
+
+if __name__ == "__main__":
+    run_cli(main)
