@@ -48,6 +48,21 @@ def search_scale(v, q_max, p):
     return best
 
 
+def choose_block(x, blocks):
+    best_error, best = float("inf"), None
+    for k in blocks:
+        x_h = hadamard(x, 1, k)
+        s = x_h.abs().max() / 3
+        error = (s * (x_h / s).round() - x_h).square().sum()
+        if error < best_error:
+            best_error, best = error, k
+    return best
+
+
+def step_for_4_bits(errors_3, errors_4):
+    return (errors_3 - errors_4).argmax()
+
+
 def im2col(x, k):
     B, C, h, w = x.shape
     rows = [[x[:, :, i:i + k, j:j + k].reshape(B, -1) for j in range(w - k + 1)] for i in range(h - k + 1)]

@@ -209,6 +209,43 @@ def search_scale(yours):
         "It keeps the first: no shrink was tried, or none kept.": lambda v, q_max, p: v.abs().max() / q_max})
 
 
+def choose_block(yours):
+    """yours(x, blocks): of these block sizes the one with which 3 bits lose the least of x (n, C)."""
+    def lost(x, k):
+        x_h = hqdm.hadamard(x, 1, k)
+        s = x_h.abs().max() / 3
+        return float((s * (x_h / s).round() - x_h).square().sum())
+
+    def best(score, pick=min):
+        return lambda x, blocks: pick(blocks, key=lambda k: score(x, k))
+    cases = []
+    for n, C, loud, rows in ((64, 32, 1, 0), (64, 64, 0, 1), (96, 16, 2, 0), (64, 32, 1, 1), (64, 64, 3, 0)):
+        x = 0.3 * torch.randn(n, C)
+        x[:, 5:5 + loud] += 6                        # loud channels, which H spreads; rows of H, which it gathers
+        cases.append((x + rows * hqdm.hadamard_matrix(C)[7], [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= C]))
+    compare("choose_block", yours, best(lost), cases, {
+        "It takes the largest block, always: where H gathers instead of spreading, a smaller one is better.":
+            lambda x, blocks: max(blocks),
+        "It takes the smallest block, always. Is rounded H x compared with x? Rotate it back, or compare it with H x.":
+            lambda x, blocks: min(blocks),
+        "It keeps the worst.": best(lost, max),
+        "It compares rounded R x: that is sqrt(k) times as long as x, and so is its error. H x has the 1/sqrt(k).":
+            best(lambda x, k: k * lost(x, k))})
+
+
+def step_for_4_bits(yours):
+    """yours(errors_3, errors_4): of S DDIM steps, with the error of each at 3 and at 4 bits, the one to give 4 bits."""
+    errors = torch.tensor([[0.5, 0.9, 0.1, 0.3, 0.05, 0.2], [0.2, 0.75, 0.02, 0.29, 0.015, 0.1]])
+    cases = [tuple(errors[:, torch.randperm(6)]) for _ in range(4)] + [tuple(errors)]
+    compare("step_for_4_bits", yours, lambda a, b: int((a - b).argmax()), cases, {
+        "It takes the step with the largest error at 3 bits: what counts is how much of it 4 bits take away.":
+            lambda a, b: int(a.argmax()),
+        "It takes the largest ratio: a tenth of a small error is little.": lambda a, b: int((a / b).argmax()),
+        "It takes the step where 4 bits help least.": lambda a, b: int((a - b).argmin()),
+        "It takes the step that is best at 4 bits, wherever it came from.": lambda a, b: int(b.argmin()),
+        "It takes the last step, always.": lambda a, b: len(a) - 1})
+
+
 # ---------------------------------------------------------------- integers
 
 def im2col(yours):
