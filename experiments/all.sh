@@ -8,7 +8,7 @@
 # teacher     train.py -> checkpoints/teacher.pt, experiments/teacher.json, teacher-curve.*, overfit-dropout.json
 # quantized   train.py --wbits .. -> runs/NAME, two of them bundled; experiments/NAME.json
 # scores      sample.py --score, spacing.py, exact.py, table.py (needs what quantized made)
-# pictures    two models after one update beside the trained ones -> experiments/pictures.png
+# pictures    models that are only calibrated beside the trained ones -> experiments/pictures.png
 # curve       15 shorter W4A3 trainings, also in the paper's order of steps -> experiments/curve.json, curve.png
 #
 # The first three need CIFAR-10 in data/.
@@ -84,12 +84,7 @@ curve() {
 }
 
 pictures() {
-    for rotation in none single; do
-        $PYTHON train.py --wbits 4 --abits 3 --rotation $rotation --steps 1 --ddim-steps 50 \
-            --out runs/one-update-$rotation
-    done
-    $PYTHON sample.py checkpoints/teacher.pt runs/one-update-{none,single}/model.pt checkpoints/w4a3-{none,single}.pt \
-        -n 16 --out experiments/pictures.png
+    $PYTHON experiments/pictures.py
 }
 
 [ $# -gt 0 ] || { sed -n '2,16p' "$0"; exit 2; }

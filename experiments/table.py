@@ -36,25 +36,54 @@ def eps_errors(name):
 
 
 def results():
-    """Markdown: one row a checkpoint, from scores.json and its run; above them what real images get."""
+    """Markdown of the first page: one row a checkpoint, from scores.json."""
+    report = read("scores.json")
+    lines = ["| | rotation | C-FID (lower is better) | C-IS, share of float | class accuracy | PSNR to float, dB | MB |",
+             "|---|---|---|---|---|---|---|"]
+    first, scores, s = next(iter(report["scores"].values())), report["scores"], report["settings"]
+    for path, row in scores.items():
+        bits, _, rotation = name_of(path).partition("-")
+        lines.append(f"| {bits.upper() if rotation else 'float'} | {rotation} | {row['c_fid']:.1f} | {row['c_is']:.2f}, "
+                     f"{row['c_is'] / first['c_is']:.0%} | {row['accuracy']:.0%} | {row['psnr']:.1f} "
+                     f"| {eps_errors(name_of(path))[2] / 1e6:.1f} |".replace(" 99.0 ", " "))
+    return "\n".join(lines) + (f"\n\n{s['n']:,} pictures a model, {s['steps']} DDIM steps, on {report['hardware']}; one training "
+                               f"run each, seed {s['seed']}: two of one setting differ by about 1 in C-FID.\n")
+
+
+def models():
+    """Markdown: the same in full, with what real images get, and the eps errors of the runs."""
     report, real = read("scores.json"), read("real.json")["rows"]["test images"]
-    lines = ["| model | C-FID | C-IS | class accuracy | PSNR dB | eps error, untrained -> trained | MB |",
-             "|---|---|---|---|---|---|---|",
-             f"| {real['n']:,} real test images | {real['c_fid']:.1f} | {real['c_is']:.2f} "
-             f"| {real['accuracy']:.1%} | | | |"]
-    first, scores = next(iter(report["scores"].values())), report["scores"]
-    for path, s in scores.items():
-        before, after, size = eps_errors(name_of(path))
+    lines = ["| model | C-FID | C-IS | class accuracy | PSNR dB | eps error, untrained -> trained |",
+             "|---|---|---|---|---|---|",
+             f"| {real['n']:,} real test images | {real['c_fid']:.1f} | {real['c_is']:.2f} | {real['accuracy']:.1%} | | |"]
+    for path, s in report["scores"].items():
+        before, after, _ = eps_errors(name_of(path))
         psnr = f"{s['psnr']:.1f}" if after else ""
         error = f"{mean(before):.4f} -> {mean(after):.4f}" if after else ""
-        lines.append(f"| {name_of(path)} | {s['c_fid']:.1f} | {s['c_is']:.2f} ({s['c_is'] / first['c_is']:.1%}) "
-                     f"| {s['accuracy']:.1%} | {psnr} | {error} | {size / 1e6:.2f} |")
-    settings = report["settings"]
-    lines.append(f"\n{settings['n']:,} pictures a model, {settings['steps']} DDIM steps, guidance "
-                 f"{settings['guidance']:g}, seed {settings['seed']}; drawn and scored on {report['hardware']}, "
-                 f"torch {report['torch']}, {report['date']}. One training run each, seed 0: two of one setting differ "
-                 f"by about 1 in C-FID.")
+        lines.append(f"| {name_of(path)} | {s['c_fid']:.1f} | {s['c_is']:.2f} | {s['accuracy']:.1%} | {psnr} | {error} |")
+    s = report["settings"]
+    lines.append(f"\n`python sample.py CKPT .. --score -n {s['n']}`: {s['steps']} DDIM steps, guidance {s['guidance']:g}, seed "
+                 f"{s['seed']}, on {report['hardware']}, torch {report['torch']}, {report['date']}. eps error: mean squared "
+                 f"difference to the float model's noise prediction, on 64 walks that no student saw.")
     return "\n".join(lines) + "\n"
+
+
+def files():
+    """Markdown: what is where, with lines of code rounded to tens."""
+    def lines(*names):
+        return f"{round(sum(len((HERE.parent / n).read_text().splitlines()) for n in names), -1)}"
+    plumbing = [f"plumbing/{n}.py" for n in ("kernels", "norm", "runs")]
+    rows = [("file", "lines", "what"),
+            ("`hqdm.py`", lines("hqdm.py"), "the paper: transform, grids, two quantizers, one layer, integers, a whole network"),
+            ("`unet.py`", lines("unet.py"), "the float UNet of 9 M parameters, DDPM's loss, DDIM"),
+            ("`sample.py`, `train.py`", lines("sample.py", "train.py"), "draw and score; the data and both trainings"),
+            ("`plumbing/`", lines(*plumbing), "not the method, skip it at first: GPU kernels; checkpoints, processes, command lines"),
+            ("`notebooks/`", "", "`outliers`, the story; `hadamard`, `integer`, `train_by_hand`, with exercises that `notebooks/check.py` "
+                                 "marks; `your_own`, recipes to copy"),
+            ("`tests/`, `experiments/`", "", "in reading order, each states what it proves; programs that make numbers, with their JSON"),
+            ("`checkpoints/`", "", "teacher, judge, two W4A3 models, and the first thousand training images")]
+    rows = [f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows]
+    return "\n".join([rows[0], "|---|---|---|", *rows[1:]]) + "\n"
 
 
 def earlier():
@@ -301,8 +330,8 @@ def mutants():
     return "\n".join(lines) + "\n"
 
 
-PAGES = {HERE.parent / "README.md": {"results": results},
-         HERE / "README.md": {"earlier": earlier, "short": short, "teacher": teacher, "findings": findings,
+PAGES = {HERE.parent / "README.md": {"results": results, "files": files},
+         HERE / "README.md": {"models": models, "earlier": earlier, "short": short, "teacher": teacher, "findings": findings,
                               "layers": layers, "exact": exact, "speed": speed,
                               "mutants": mutants}}
 
