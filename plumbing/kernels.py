@@ -210,6 +210,60 @@ def int8_product(q_x, q_w, stride, padding):
     return acc
 
 
+@functools.cache
+def onednn_is_exact():
+    """Whether torch has oneDNN's int8 convolution on this CPU, and it adds integers exactly: tried once on a few."""
+    g = torch.Generator().manual_seed(0)
+    q_x, q_w = (torch.randint(low, high, size, generator=g) for low, high, size in (
+        (-60, 196, (3, 7, 5, 66)), (-300, 301, (9, 66, 3, 3))))
+    try:
+        mine = onednn_product(q_x, q_w, 2, 1)
+    except (AttributeError, RuntimeError, TypeError):            # another processor, or another torch
+        return False
+    exact = F.conv2d(rearrange(q_x, "B h w C -> B C h w").double(), q_w.double(), stride=2, padding=1)
+    return torch.equal(rearrange(mine.double(), "B h w C -> B C h w"), exact)
+
+
+def onednn_product(q_x, q_w, stride, padding):
+    """What int8_product returns, as (B, h', w', O), int32 or integers in float32, without copying patches.
+
+    Activations are bytes here, 0 is stored as -low. None where they span more than a byte or a sum could pass 2^24.
+    """
+    low, high = min(0, int(q_x.min())), max(0, int(q_x.max()))
+    parts = prepared(q_w, 127 if high - low < 130 else 64, stride, padding)      # CPUs without VNNI: see int8_product
+    if high - low > 255 or max(-low, high) * max(largest for *_, largest in parts) >= 2**24:
+        return None
+    x, acc = rearrange((q_x - low).to(torch.uint8), "B h w C -> B C h w"), None
+    for shift, packed, one, zero, _ in parts:
+        part = torch.ops.onednn.qconv2d_pointwise(x, 1.0, -low, packed, one, zero, None, [stride] * 2, [padding] * 2,
+                                                  [1, 1], 1, 1.0, 0, torch.float32, "none", [], "")
+        part = part.to(torch.int32) << shift if len(parts) > 1 else part
+        acc = part if acc is None else acc + part
+    return rearrange(acc, "B C h w -> B h w C")
+
+
+_PREPARED = torch.utils.weak.WeakTensorKeyDictionary()
+
+
+def prepared(q_w, limit, stride, padding):
+    """A weight for onednn_product: [(shift, packed, ones, zeros, largest sum of |w|)], one for each int8 digit.
+
+    It is kept as long as the tensor that holds the weight, and made anew where somebody wrote to that.
+    """
+    owner = q_w if q_w._base is None else q_w._base
+    key = None if q_w.is_inference() else (q_w._version, q_w.shape, q_w.storage_offset(), limit, stride, padding)
+    if key is not None and owner in _PREPARED and _PREPARED[owner][0] == key:
+        return _PREPARED[owner][1]
+    one, zero, parts = torch.ones(len(q_w)), torch.zeros(len(q_w), dtype=torch.int32), []
+    for shift, digit in int8_digits(q_w, largest_of(q_w), limit, bits=7 if limit == 127 else 6):
+        packed = torch.ops.onednn.qconv_prepack(digit.contiguous(), one, 1.0, 0, [stride] * 2, [padding] * 2,
+                                                [1, 1], 1, None)
+        parts.append((shift, packed, one, zero, int(digit.int().abs().flatten(1).sum(1).max())))
+    if key is not None:
+        _PREPARED[owner] = key, parts
+    return parts
+
+
 def _takes_integers(q_x, q_w, stride=1, padding=0, scales=None):
     return q_x.device.type in ("cpu", "cuda") and not q_x.is_floating_point() and not q_w.is_floating_point()
 
@@ -220,8 +274,9 @@ def int_product(q_x, q_w, stride=1, padding=0, scales=None):
     h, w = (h + 2 * padding - kh) // stride + 1, (w + 2 * padding - kw) // stride + 1
     if on_triton(q_x) and {q_x.dtype, q_w.dtype} <= {torch.int8, torch.int16}:
         return int_product_triton(q_x, q_w, stride, padding, scales, B, h, w)
-    acc = int8_product(q_x, q_w, stride, padding).view(B, h, w, O)
-    return acc if scales is None else CHOSEN["scale_and_bias"](acc.float(), scales)
+    acc = onednn_product(q_x, q_w, stride, padding) if not q_x.is_cuda and q_x.numel() and onednn_is_exact() else None
+    acc = int8_product(q_x, q_w, stride, padding).view(B, h, w, O) if acc is None else acc
+    return acc.to(torch.int32) if scales is None else CHOSEN["scale_and_bias"](acc.float(), scales)
 
 
 # ---------------------------------------------------------------- Triton
@@ -383,9 +438,20 @@ class _Walsh(torch.autograd.Function):
         return _Walsh.apply(g, *ctx.args), None, None, None, None
 
 
-@has_kernel("rotate_and_quantize", lambda x, s, z, grid, block=1, dtype=None: on_triton(x, block if block > 1 else 32))
+def _takes_activations(x, s, z, grid, block=1, dtype=None):
+    trained = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, s, z))
+    return on_triton(x, block if block > 1 else 32) or x.device.type == "cpu" and not trained
+
+
+@has_kernel("rotate_and_quantize", _takes_activations)
 def rotate_and_quantize(x, s, z, grid, block=1, dtype=torch.float32):
-    return _Quantize.apply(x, s, z, grid, block, dtype)
+    if on_triton(x, block if block > 1 else 32):
+        return _Quantize.apply(x, s, z, grid, block, dtype)
+    s, z = (a if a is None else a.view(-1, *[1] * (x.ndim - 1)) for a in (s, z))
+    t = CHOSEN["walsh"](x, -1, block, block**-0.5).div_(s) if block > 1 else x / s       # the same steps, in place
+    t = t.round_() if grid.step == 1 else t.div_(2).floor_().mul_(2).add_(1)
+    t = t.clamp_(grid.low, grid.high) if z is None else t.add_(z).clamp_(grid.low, grid.high).sub_(z)
+    return t.to(dtype)
 
 
 class _Quantize(torch.autograd.Function):

@@ -1,5 +1,6 @@
 """Integer arithmetic: the same accumulators as the fake-quantized layer, to the last bit."""
 import copy
+import gc
 import math
 import os
 import subprocess
@@ -332,6 +333,75 @@ def test_digits_add_up(limit, bits):
     assert torch.equal(sum(d.long() << shift for shift, d in digits), x)
     *low, high = [d.long() for _, d in digits]
     assert all(0 <= d.min() and d.max() < 2**bits for d in low) and high.abs().max() <= limit
+
+
+onednn = pytest.mark.skipif(not kernels.onednn_is_exact(), reason="no oneDNN int8 convolution here")
+
+
+@onednn
+@pytest.mark.parametrize("low, high", [(-3, 3), (-7, 7), (0, 7), (0, 255), (-100, 155), (-128, 127), (5, 9), (0, 0), (-128, 128)])
+@pytest.mark.parametrize("largest", [1, 15, 127, 480, 8160])
+def test_convolutions_of_bytes(low, high, largest):
+    """oneDNN's sums are the int64 ones, whatever the zero point; None, and no guess, where they might not be."""
+    for size, stride, padding, C in ((3, 1, 1, 101), (1, 2, 0, 40), (2, 2, 1, 5)):
+        q_x = torch.randint(low, high + 1, (2, 6, 5, C)).to(torch.int16)
+        q_w = torch.randint(-largest, largest + 1, (9, C, size, size)).to(torch.int16)
+        q_x[0, 0, 0, :2], q_w[0] = torch.tensor([low, high]), largest
+        q_x[1], q_w[1] = high, -largest
+        acc, exact = kernels.onednn_product(q_x, q_w, stride, padding), conv_int64(q_x.long(), q_w.long(), stride, padding)
+        sure = high - low < 256 and C * size**2 * largest * max(high, -low) < 2**24
+        assert acc is None if high - low > 255 else acc is not None or not sure
+        assert acc is None or torch.equal(acc.long(), exact)
+        assert torch.equal(hqdm.int_conv2d(q_x, q_w, stride, padding).long(), exact)
+
+
+@onednn
+def test_sums_past_float32_are_left_to_others():
+    """An odd sum above 2^24 is no float32: no convolution with float32 sums, and still the right integer."""
+    q_x, q_w = torch.full((1, 3, 3, 550), 255, dtype=torch.int16), torch.full((2, 550, 3, 3), 15, dtype=torch.int8)
+    q_w[0, 0, 0, 0] = 14
+    assert kernels.onednn_product(q_x, q_w, 1, 0) is None
+    assert hqdm.int_conv2d(q_x, q_w).flatten().tolist() == [255 * (15 * 4950 - 1), 255 * 15 * 4950]
+
+
+@onednn
+def test_prepared_weights_follow_their_tensor():
+    """They are made once for a tensor and its views, anew after it was written to, and go with it."""
+    q_w, q_x, before = torch.randint(-9, 10, (8, 16), dtype=torch.int8), torch.randint(-3, 4, (4, 1, 1, 16), dtype=torch.int8), len(kernels._PREPARED)
+    first = kernels.prepared(q_w[:, :, None, None], 127, 1, 0)
+    assert kernels.prepared(q_w[:, :, None, None], 127, 1, 0) is first and kernels.prepared(q_w[:4, :, None, None], 127, 1, 0) is not first
+    for _ in range(2):
+        assert torch.equal(hqdm.int_product(q_x, q_w[:, :, None, None])[:, 0, 0].long(), q_x[:, 0, 0].long() @ q_w.long().T)
+        q_w[2] += 1
+    assert len(kernels._PREPARED) == before + 1
+    del q_w, first
+    gc.collect()
+    assert len(kernels._PREPARED) == before
+
+
+def test_products_without_onednn(monkeypatch):
+    """im2col and a matrix product add up to the same."""
+    q_x, q_w = torch.randint(-7, 8, (2, 5, 5, 32), dtype=torch.int8), torch.randint(-99, 100, (8, 32, 3, 3), dtype=torch.int8)
+    both = [hqdm.int_product(q_x, q_w, 1, 1)]
+    monkeypatch.setattr(kernels, "onednn_is_exact", lambda: False)
+    both.append(hqdm.int_product(q_x, q_w, 1, 1))
+    assert torch.equal(*both) and torch.equal(both[0].long(), conv_int64(q_x.long(), q_w.long(), 1, 1))
+
+
+@pytest.mark.parametrize("block, grid", [(32, hqdm.Grid(-3, 3)), (32, hqdm.Grid(-7, 7, 2)), (1, hqdm.Grid(0, 7)), (8, hqdm.Grid(-3, 3))])
+def test_rounding_in_place(block, grid):
+    """Without gradients a CPU rounds in place: the same bits, and x stays as it was."""
+    x, s, z = torch.randn(3, 4, 64) * 3, torch.rand(3) + 0.3, torch.tensor([0.0, 2.0, 5.0]) if block == 1 else None
+    x[0, 0, :4] = torch.tensor([0.5, 1.5, -0.5, 40.0])
+    before = x.clone()
+    with torch.no_grad():
+        for dtype in (torch.float32, torch.int8):
+            assert torch.equal(hqdm.rotate_and_quantize(x, s, z, grid, block, dtype),
+                               hqdm.rotate_and_quantize.__wrapped__(x, s, z, grid, block, dtype))
+    assert torch.equal(x, before)
+    y = hqdm.rotate_and_quantize(x.requires_grad_(), s, z, grid, block)      # with gradients, as it is defined
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.autograd.grad(
+        hqdm.rotate_and_quantize.__wrapped__(x, s, z, grid, block).sum(), x)[0])
 
 
 def test_cpus_without_vnni():
