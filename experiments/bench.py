@@ -352,7 +352,7 @@ def scaling(device, quick):
 
 def sampling(device, quick):
     """Rows of part `sampling`: pictures a second at 50 DDIM steps, of the bundled float and W4A3 single models."""
-    n, steps = (4, 5) if quick else (500, 50)      # a step costs the same at each t: a CPU times 5, and 50 are reported
+    n, steps = (16, 5) if quick else (500, 50)      # a step costs the same at each t: a CPU times 5, and 50 are reported
     runs = {}
     for name in ("teacher", "w4a3-none", "w4a3-single"):
         for view in (None,) if name == "teacher" else (None, "A", "B"):
