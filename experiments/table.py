@@ -269,7 +269,7 @@ def speed():
              slowest(gpu, (128, 512)), slowest(cpu, (4, 16)), "update"),
             ("the same, layers computed as in the authors' code",
              theirs(gpu, (128, 512)), theirs(cpu, (4, 16)), "update"),
-            ("pictures a second at 50 steps: float / fake-quantized / integer, W4A3 single",
+            ("pictures a second at 50 steps, batch 500 (CPU 16): float / fake-quantized / integer, W4A3 single",
              rates(gpu), rates(cpu), "sampling"),
             ("float training, images a second, batch 512 / 1,024 (CPU 8); as many times denoising-diffusion-pytorch / "
              "diffusers (compiled)",
