@@ -72,7 +72,7 @@ def files():
     """Markdown: what is where, with lines of code rounded to tens."""
     def lines(*names):
         return f"{round(sum(len((HERE.parent / n).read_text().splitlines()) for n in names), -1)}"
-    plumbing = [f"plumbing/{n}.py" for n in ("kernels", "norm", "runs")]
+    plumbing = [f"plumbing/{n}.py" for n in ("int8", "kernels", "norm", "runs")]
     rows = [("file", "lines", "what"),
             ("`hqdm.py`", lines("hqdm.py"), "the paper: transform, grids, two quantizers, one layer, integers, a whole network"),
             ("`unet.py`", lines("unet.py"), "the float UNet of 9 M parameters, DDPM's loss, DDIM"),

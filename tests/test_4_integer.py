@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import hqdm
 from conftest import DEVICES, ROOT, tiny_unet
-from plumbing import kernels
+from plumbing import int8, kernels
 
 
 def conv_int64(q_x, q_w, stride, padding):
@@ -329,7 +329,7 @@ def test_narrow_types():
 def test_digits_add_up(limit, bits):
     """Every integer of 16 bits is the sum of its digits, each within its limits."""
     x = torch.arange(-2**15, 2**15)
-    digits = kernels.int8_digits(x, 2**15, limit, bits)
+    digits = int8.int8_digits(x, 2**15, limit, bits)
     assert torch.equal(sum(d.long() << shift for shift, d in digits), x)
     *low, high = [d.long() for _, d in digits]
     assert all(0 <= d.min() and d.max() < 2**bits for d in low) and high.abs().max() <= limit
@@ -348,7 +348,7 @@ def test_convolutions_of_bytes(low, high, largest):
         q_w = torch.randint(-largest, largest + 1, (9, C, size, size)).to(torch.int16)
         q_x[0, 0, 0, :2], q_w[0] = torch.tensor([low, high]), largest
         q_x[1], q_w[1] = high, -largest
-        acc, exact = kernels.onednn_product(q_x, q_w, stride, padding), conv_int64(q_x.long(), q_w.long(), stride, padding)
+        acc, exact = int8.onednn_product(q_x, q_w, stride, padding), conv_int64(q_x.long(), q_w.long(), stride, padding)
         sure = high - low < 256 and C * size**2 * largest * max(high, -low) < 2**24
         assert acc is None if high - low > 255 else acc is not None or not sure
         assert acc is None or torch.equal(acc.long(), exact)
@@ -360,23 +360,23 @@ def test_sums_past_float32_are_left_to_others():
     """An odd sum above 2^24 is no float32: no convolution with float32 sums, and still the right integer."""
     q_x, q_w = torch.full((1, 3, 3, 550), 255, dtype=torch.int16), torch.full((2, 550, 3, 3), 15, dtype=torch.int8)
     q_w[0, 0, 0, 0] = 14
-    assert kernels.onednn_product(q_x, q_w, 1, 0) is None
+    assert int8.onednn_product(q_x, q_w, 1, 0) is None
     assert hqdm.int_conv2d(q_x, q_w).flatten().tolist() == [255 * (15 * 4950 - 1), 255 * 15 * 4950]
 
 
 @onednn
 def test_prepared_weights_follow_their_tensor():
     """They are made once for a tensor and its views, anew after it was written to, and go with it."""
-    q_w, q_x, before = torch.randint(-9, 10, (8, 16), dtype=torch.int8), torch.randint(-3, 4, (4, 1, 1, 16), dtype=torch.int8), len(kernels._PREPARED)
-    first = kernels.prepared(q_w[:, :, None, None], 127, 1, 0)
-    assert kernels.prepared(q_w[:, :, None, None], 127, 1, 0) is first and kernels.prepared(q_w[:4, :, None, None], 127, 1, 0) is not first
+    q_w, q_x, before = torch.randint(-9, 10, (8, 16), dtype=torch.int8), torch.randint(-3, 4, (4, 1, 1, 16), dtype=torch.int8), len(int8._PREPARED)
+    first = int8.prepared(q_w[:, :, None, None], 127, 1, 0)
+    assert int8.prepared(q_w[:, :, None, None], 127, 1, 0) is first and int8.prepared(q_w[:4, :, None, None], 127, 1, 0) is not first
     for _ in range(2):
         assert torch.equal(hqdm.int_product(q_x, q_w[:, :, None, None])[:, 0, 0].long(), q_x[:, 0, 0].long() @ q_w.long().T)
         q_w[2] += 1
-    assert len(kernels._PREPARED) == before + 1
+    assert len(int8._PREPARED) == before + 1
     del q_w, first
     gc.collect()
-    assert len(kernels._PREPARED) == before
+    assert len(int8._PREPARED) == before
 
 
 def test_products_without_onednn(monkeypatch):

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT / "experiments"))
 README = (ROOT / "README.md").read_text()
 MODULES = ["hqdm", "unet", "sample", "train"]
 KERNELS = ["plumbing/kernels", "plumbing/norm"]
-FILES = [*MODULES, *KERNELS, "plumbing/runs"]
+FILES = [*MODULES, *KERNELS, "plumbing/int8", "plumbing/runs"]
 
 
 def test_doctests():
