@@ -416,7 +416,7 @@ def finish_student(run, student, unseen, before, pictures, rows):
     """Fold LoRA in, round for good, pack two 4-bit weights a byte; say what the training was good for; write it all."""
     device, scheme = next(student.parameters()).device, student.hqdm
     hqdm.freeze(student)
-    after = eps_errors(student, unseen)
+    after = eps_errors(recorded(student, device), unseen)
     mean, trained, median = np.mean(before), np.mean(after), np.median(np.divide(before, after))
     print(f"eps error without training {mean:.5f}, trained {trained:.5f}: {mean / trained:.1f} times smaller; "
           f"at the median of the {len(after)} steps {median:.1f} times", flush=True)

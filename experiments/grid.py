@@ -112,19 +112,26 @@ class Scorer:
                 **self(pictures, labels, steps)}
 
 
+def float_pictures(teacher, student, walks, n, seed):
+    """train.untrained_pictures without untrained models: each would be calibrated once more."""
+    return {"float": draw(teacher, n, len(student.hqdm.timesteps), seed=seed)[0]}
+
+
 def run_row(row, device, score_of):
     """Train as the row says, unless that was done; draw, score: the row of results.json."""
     name, cuda = name_of(row), device.type == "cuda"
-    out, rates, began = RUNS / name, dict(train.RATES), time.time()
+    out, rates, untrained, began = RUNS / name, dict(train.RATES), train.untrained_pictures, time.time()
     if not (out / "metrics.json").is_file():
         argv = [*options_of(row), "--out", str(out), "--device", device.type]
         torch.cuda.reset_peak_memory_stats() if cuda else None
         try:
             train.RATES.update(PAPER_RATES if row.get("paper") else {})
+            train.untrained_pictures = float_pictures
             with searched(row.get("searched", True)):
                 train.main([*argv, *["--resume"] * (out / "last.pt").is_file()])
         finally:
             train.RATES.update(rates)
+            train.untrained_pictures = untrained
     run, model = json.loads((out / "metrics.json").read_text()), load_model(out / "model.pt", device)
     if device.type in ("cpu", "cuda"):
         hqdm.set_integer(model)                      # the same bytes, and faster
