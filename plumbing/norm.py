@@ -136,10 +136,11 @@ class _GroupNorm(torch.autograd.Function):
         x, weight, rows, whole = ctx.saved_tensors
         (grid, tile, joined, silu), g = ctx.args, g.contiguous(memory_format=torch.channels_last)
         (P, C, chunks, width, *_), (B, groups) = joined, whole.shape[1:]
-        parts, sums = rows.new_empty(2, B, chunks, C), torch.zeros_like(rows)
+        parts, sums = rows.new_empty(2, B, chunks, C), torch.empty_like(rows)
         means, gx = torch.empty_like(whole), torch.empty_like(x)
         if x.numel():
             _back_kernel[grid](x, g, *rows, *whole, *parts, None, P, C, width, groups, *tile, silu)
             _join_kernel[(B, groups)](*parts, weight, None, *sums, *means, *joined, True)
             _back_kernel[grid](x, g, *rows, *whole, *means, gx, P, C, width, groups, *tile, silu)
-        return gx, None, sums[1].sum(0), sums[0].sum(0), None, None
+        trained = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]             # not in a quantized network
+        return gx, None, sums[1].sum(0) if trained else None, sums[0].sum(0) if trained else None, None, None
