@@ -124,8 +124,9 @@ def kept_while_frozen(make):
 
     @functools.wraps(make)
     def remember(module):
-        buffers = list(module.buffers())
-        if (torch.compiler.is_compiling() or next(module.parameters(), None) is not None
+        parts = module, *module._modules.values()    # a layer and its quantizers
+        buffers = [v for part in parts for v in part._buffers.values()]
+        if (torch.compiler.is_compiling() or any(part._parameters for part in parts)
                 or any(v.is_inference() for v in buffers)):      # those do not say when they are written to
             return make(module)
         mode, tensors = [vars(module).get(n) for n in ("integer", "view")], [(v, v._version) for v in buffers]
