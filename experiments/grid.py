@@ -5,7 +5,7 @@
 
 tune      three kinds at W4A3, balances of the loss and numbers of updates, on a seed that no other part has
 headline  none, double, single, single midrise at W4A3 and W4A4, three seeds, equal updates
-side      one seed each: one update alone; blocks, rank, bits; models of 10, 20 and 100 DDIM steps
+side      one seed each: one update alone; blocks, rank, batch 32, bits; models of 10, 20 and 100 DDIM steps
 paper     the paper's own recipe, and the baseline with zero points that are not searched
 spoil     no training: the float model draws the first k of 50 steps, W4A3 the others; and the other way round
 
@@ -59,8 +59,9 @@ def rows_of(part):
     if part == "side":
         few = [{**one, **kind, "steps": 1} for kind in KINDS.values()]
         shapes = [{**one, **KINDS["single"], **{key: value}}
-                  for key, value in (("block", 8), ("block", 16), ("block", 64), ("rank", 4))]
-        bits = [{**one, **kind, **change} for change in (dict(abits=2), dict(wbits=3)) for kind in KINDS.values()]
+                  for key, value in (("block", 8), ("block", 16), ("block", 64), ("rank", 4), ("batch", 32))]
+        bits = [{**one, **KINDS[kind], **change} for change in (dict(abits=2), dict(wbits=3))
+                for kind in ("none", "single", "midrise")]
         times = [{**one, **KINDS[kind], "ddim_steps": n} for n in (10, 20, 100) for kind in ("none", "single")]
         return few + shapes + bits + times
     return [{**w4a3, **KINDS[kind], "seed": 0, "order": "trajectory", "batch": 2, "steps": 16_000, "paper": True,

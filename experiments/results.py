@@ -121,6 +121,15 @@ def side(rows):
     return "\n".join(lines) + "\n"
 
 
+def costs(rows):
+    """Text: what the W4A3 row of seed 0 takes from the bundled teacher on, and the same at batch 32."""
+    made = [r for r in rows if (r["wbits"], r.get("seed")) == (4, 0) and (r["abits"], kind(r)) == (3, "single")]
+    usual = next(r for r in made if r["part"] == "headline")
+    small = [r for r in made if r["part"] == "side" and r["batch"] == 32 and r["steps"] == usual["steps"]]
+    return "; ".join(f"batch {r['batch']}: {r['train_seconds'] / 60:.1f} minutes and {r['peak_gib']:.1f} GiB at most"
+                     for r in [usual, *small]) + f" ({usual['steps']:,} updates, one {usual['hardware']}).\n"
+
+
 def figure(path, panels, draw):
     """A PNG of `panels` axes side by side, each drawn by draw(ax, i)."""
     from matplotlib.figure import Figure
@@ -178,7 +187,7 @@ def main():
     new_parser(__doc__).parse_args()
     rows = read()
     parts = {r["part"] for r in rows}
-    for part, make in (("headline", headline), ("headline", goals), ("tune", tune), ("side", side)):
+    for part, make in (("headline", headline), ("headline", goals), ("headline", costs), ("tune", tune), ("side", side)):
         if part in parts:
             print(make(rows))
     if "tune" in parts:
