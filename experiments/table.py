@@ -8,7 +8,7 @@ NAME.json                                         metrics.json of the run that m
 teacher-curve.json                                what the teacher's EMA drew on the way
 teacher-plain.json, teacher-plain-curve.json      the same of a run without dropout
 mutants-*.json                                    tests/mutants.py wrote them; the reasons are by hand
-bench, curve, exact-cpu, exact-cuda, floor, layers, options, overfit, overfit-dropout, rates, real, spacing
+bench, curve, exact-cpu, exact-cuda, floor, layers, options, overfit, overfit-dropout, rates, real, spacing, steps
                                                   what bench.py, curve.py, exact.py .. measured
 """
 import json
@@ -287,6 +287,21 @@ def speed():
     return "\n".join([lines[0], "|---|---|---|---|", *lines[1:], "", note]) + "\n"
 
 
+def steps():
+    """Text: where the time of one step goes, from steps.json."""
+    lines = ["![milliseconds of one step by what they are spent on](steps.png)"]
+    for part in read("steps.json").values():
+        words = []
+        for row in part["rows"]:
+            spent = {k: v for k, v in row.items() if k not in ("what", "ms")}
+            first, second = sorted(spent, key=spent.get)[:-3:-1]
+            total = sum(spent.values())
+            words.append(f"{row['what']} {row['ms']:.0f} ms ({first} {spent[first] / total:.0%}, {second} {spent[second] / total:.0%})")
+        lines.append(f"One step of {part['settings']['batch']} pictures on {part['hardware']}: {'; '.join(words)} "
+                     f"(`{part['command']}`, {part['date']}).")
+    return "\n".join(lines) + "\n"
+
+
 def layers():
     """Text: what the transform does to each layer before any training, from layers.json."""
     report, floor = read("layers.json"), read("floor.json")
@@ -332,7 +347,7 @@ def mutants():
 
 PAGES = {HERE.parent / "README.md": {"results": results, "files": files},
          HERE / "README.md": {"models": models, "earlier": earlier, "short": short, "teacher": teacher, "findings": findings,
-                              "layers": layers, "exact": exact, "speed": speed,
+                              "layers": layers, "exact": exact, "speed": speed, "steps": steps,
                               "mutants": mutants}}
 
 

@@ -77,6 +77,7 @@ def full_float32(device):
     cuDNN's convolutions may use TF32: what they multiply are integers of up to 11 bits (HQLayer.operand).
     """
     autocast = device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type)
+    autocast = autocast and (torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type))
     with torch.autocast(device.type, enabled=False) if autocast else contextlib.nullcontext():
         if torch.compiler.is_compiling():            # it cannot trace these switches: who compiles turns them
             yield
