@@ -30,6 +30,10 @@ GROUPS = {"attention": "attention|fmha|softmax",
           "additions, copies, the rest": ""}
 
 
+def group_of(name):
+    return next(group for group, words in GROUPS.items() if re.search(words, name))
+
+
 def measure(net, inputs, device):
     """{group: milliseconds} of net(*inputs)."""
     def synchronize():
@@ -52,7 +56,7 @@ def measure(net, inputs, device):
     spent = dict.fromkeys(GROUPS, 0.0)
     for event in profiler.key_averages():
         ms = (event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total) / 1e3
-        spent[next(name for name, words in GROUPS.items() if re.search(words, event.key))] += ms
+        spent[group_of(event.key)] += ms
     spent["idle" if device.type == "cuda" else "Python"] = max(0, profiled - sum(spent.values()))
     return {"ms": round(statistics.median(times), 2), **{name: round(ms, 2) for name, ms in spent.items()}}
 

@@ -115,6 +115,18 @@ def test_tables_are_made_from_json():
             assert make() == page.partition(start)[2].partition(end)[0] and len(make()) > 100
 
 
+def test_what_a_step_spends_is_counted_once():
+    """Operators and kernels by name; a network's milliseconds are all in some group."""
+    steps = importlib.import_module("steps")
+    of = {"aten::mm": "transform and rounding", "_quantize_kernel": "transform and rounding", "aten::addmm": "convolutions and matrix products",
+          "sm90_xmma_fprop_implicit_gemm": "convolutions and matrix products", "onednn::qconv2d_pointwise": "convolutions and matrix products",
+          "_int_kernel": "convolutions and matrix products", "fmha_cutlassF_f32": "attention", "_apply_kernel": "norms and SiLU",
+          "aten::_scaled_dot_product_flash_attention_for_cpu": "attention", "aten::addcmul": "scales and bias", "aten::cat": "additions, copies, the rest"}
+    assert {name: steps.group_of(name) for name in of} == of
+    row = steps.measure(torch.nn.Conv2d(3, 8, 3), (torch.randn(2, 3, 9, 9),), torch.device("cpu"))
+    assert list(row) == ["ms", *steps.GROUPS, "Python"] and row["convolutions and matrix products"] > 0 and min(row.values()) >= 0
+
+
 def test_means_deviations_and_goals_of_the_experiment():
     """From made-up rows: mean ± deviation over seeds, goals met and missed, intervals that touch and that do not."""
     results = importlib.import_module("results")
