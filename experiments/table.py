@@ -38,7 +38,7 @@ def eps_errors(name):
 def results():
     """Markdown of the first page: one row a checkpoint, from scores.json."""
     report = read("scores.json")
-    lines = ["| | rotation | C-FID (lower is better) | C-IS, share of float | class accuracy | PSNR to float, dB | MB |",
+    lines = ["| | rotation | C-FID (lower is better) | C-IS, share of float | class accuracy | PSNR to float, dB | MB (float: in half precision) |",
              "|---|---|---|---|---|---|---|"]
     first, scores, s = next(iter(report["scores"].values())), report["scores"], report["settings"]
     for path, row in scores.items():
