@@ -65,7 +65,8 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x):
         if x.is_cuda:
             return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, self.silu)
-        return F.silu(super().forward(x)) if self.silu else super().forward(x)
+        y = super().forward(x)
+        return F.silu(y) if self.silu else y
 
 
 class ResBlock(nn.Module):

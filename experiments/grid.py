@@ -41,7 +41,7 @@ RUNS = HERE.parent / "runs" / "grid"
 KINDS = {"none": dict(rotation="none"), "double": dict(rotation="double"), "single": dict(rotation="single"),
          "midrise": dict(rotation="single", grid="midrise")}
 BITS = {"w4a3": dict(wbits=4, abits=3), "w4a4": dict(wbits=4, abits=4)}
-EQUAL = dict(steps=2000, balance=0.5)                # of all rows of headline and side, from what tune found
+EQUAL = dict(steps=2000, balance=0.5)                # of headline and side; tune is to decide, and has not yet
 PICTURES = 10_000                                    # scored; of another number, -n, is said in a row's name
 PAPER_RATES = {"lora": 1 / 2500, "s_w": 1e-6, "s_x": 5e-4, "z_x": 5e-4}
 

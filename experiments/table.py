@@ -283,7 +283,8 @@ def speed():
     note = (f"The code before its kernels moved into `plumbing/`, on an H100 and each part in one call with the code "
             f"after it: update ratio {slowest(before, (128, 512))}; pictures a second {rates(before)}; float training "
             f"{old['ours']:,.0f} / {old['ours, batch 1024']:,.0f} images a second; H x "
-            f"{before['figures']['hadamard_fraction_of_copy']:.2f} of a copy's speed.")
+            f"{before['figures']['hadamard_fraction_of_copy']:.2f} of a copy's speed. All GPU figures are older than "
+            f"`plumbing/norm.py`, which made GroupNorm and SiLU one kernel, and are to be measured anew.")
     return "\n".join([lines[0], "|---|---|---|---|", *lines[1:], "", note]) + "\n"
 
 

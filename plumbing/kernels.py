@@ -1,9 +1,10 @@
 """Not the method, skip it at first reading: four functions of hqdm.py once more, as one pass over memory each.
 
-hqdm.py marks a definition with @kernel. On an NVIDIA GPU from Ampere on, a Triton kernel of the same name and arguments
-then runs instead (Triton comes with torch on Linux); for integer products a CPU's int8 instructions. tests/test_3 and
-test_4 compare each with its definition. HQDM_KERNELS=off in the environment, or ENABLED = False here, leaves the
-definitions alone. To step through a kernel without a GPU: TRITON_INTERPRET=1 python -m pytest tests/test_3*.
+hqdm.py marks a definition with @kernel, unet.py its norm (norm.py). On an NVIDIA GPU from Ampere on, a Triton kernel of
+the same name and arguments then runs instead (Triton comes with torch on Linux); on a CPU integer products take int8
+instructions (int8.py), and rounding without gradients is in place. tests/test_3 to 5 compare each with its definition.
+HQDM_KERNELS=off in the environment, or ENABLED = False here, leaves the definitions alone. To step through a kernel
+without a GPU: TRITON_INTERPRET=1 python -m pytest tests/test_3*.
 """
 import contextlib
 import functools
