@@ -388,6 +388,18 @@ def test_products_without_onednn(monkeypatch):
     assert torch.equal(*both) and torch.equal(both[0].long(), conv_int64(q_x.long(), q_w.long(), 1, 1))
 
 
+@pytest.mark.parametrize("product", [lambda *_: None, lambda q_x, *_: q_x.new_zeros(3, 4, 3, 9)])
+def test_a_missing_or_wrong_convolution_is_noticed(product, monkeypatch, capsys):
+    """None, as where an operator is not there, and other sums: said once, and not used."""
+    monkeypatch.setattr(int8, "onednn_product", product)
+    int8.onednn_is_exact.cache_clear()
+    try:
+        assert [int8.onednn_is_exact() for _ in range(2)] == [False, False]
+    finally:
+        int8.onednn_is_exact.cache_clear()
+    assert capsys.readouterr().out.count("no exact int8 convolution") == 1
+
+
 @pytest.mark.parametrize("block, grid", [(32, hqdm.Grid(-3, 3)), (32, hqdm.Grid(-7, 7, 2)), (1, hqdm.Grid(0, 7)), (8, hqdm.Grid(-3, 3))])
 def test_rounding_in_place(block, grid):
     """Without gradients a CPU rounds in place: the same bits, and x stays as it was."""
