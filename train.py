@@ -474,7 +474,7 @@ def parse(argv):
     add("--grid", choices=hqdm.GRIDS, help="of rotated activations: with 0 (the paper's), or all 2^b codes (midtread)")
     add("--rank", type=positive, help="of the LoRA factors (32)")
     add("--order", choices=("mixed", "trajectory"), help="of training steps; trajectory is the paper's (mixed)")
-    add("--balance", type=finite, help="0: the loss is a plain mean over DDIM steps; up to 1: by their own size (0)")
+    add("--balance", type=finite, help="of DDIM steps in the loss: 0 a plain mean, the paper's; up to 1: each by its own size (0.5)")
     add("--ddim-steps", type=positive, help="of the sampler, an activation scale each (50; without CUDA 10)")
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=positive, help="updates (defaults depend on the device and are printed)")
@@ -532,7 +532,7 @@ def defaults(args):
     sizes = dict(ddim_steps=50, steps=1000, batch=128) if full else dict(ddim_steps=10, steps=150, batch=8)
     teacher = str(CHECKPOINTS / "teacher.pt")
     return dict(**sizes, lr=1.0, rotation="single", block=32, grid="midtread", rank=32, order="mixed",
-                balance=0.0, teacher=teacher)
+                balance=0.5, teacher=teacher)
 
 
 def main(argv=None):

@@ -250,8 +250,9 @@ def ddim_step(x, eps, a_t, a_s, sigma=0.0):
 
     a_t, a_s: abar at t and s (1: the picture itself), numbers or tensors (B, 1, 1, 1).
     """
-    # Real pixels lie in [-1, 1]; without the clamp early errors at t near T are blown up by 1/sqrt(abar) = 157.
-    x_0 = ((x - (1 - a_t) ** 0.5 * eps) / a_t**0.5).clamp(-1, 1)
+    # Not clamped to [-1, 1], as many samplers do: at t near T an error of eps is 1/sqrt(abar) = 157 times as large in
+    # x_0~, as noise of mean 0, and clamped noise is grey (experiments/README.md). eq. 12 takes most of it back.
+    x_0 = (x - (1 - a_t) ** 0.5 * eps) / a_t**0.5
     return a_s**0.5 * x_0 + (1 - a_s - sigma**2) ** 0.5 * eps, x_0
 
 
@@ -262,7 +263,7 @@ def ddim(model, x, y=None, steps=50, guidance=1.0, eta=0.0, generator=None):
     model(x, t, y) -> eps; x (B, 3, h, w) is standard normal noise; y (B,) labels or None.
     guidance: 1 plain, above 1 eps_none + guidance (eps_y - eps_none), which costs two evaluations a step.
     eta: 0 is deterministic DDIM, 1 adds DDPM's noise back (DDIM eq. 16), taken from `generator` (on x's device).
-    t is yielded as a Python integer. The x_0~ of the last yield is the picture, in [-1, 1]:
+    t is yielded as a Python integer. The x_0~ of the last yield is the picture, of pixels about -1 to 1:
 
         for t, x_t, eps, x_0 in ddim(model, torch.randn(4, 3, 32, 32)): pass
     """

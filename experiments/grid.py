@@ -3,11 +3,14 @@
     python experiments/grid.py tune headline side paper spoil     # all; rows that results.json has are left out
     CUDA_VISIBLE_DEVICES=1 python experiments/grid.py headline    # beside it on a second GPU: each takes what is left
 
-tune      three kinds at W4A3, balances of the loss and numbers of updates, on a seed that no other part has
+tune      three kinds at W4A3: balance of the loss and rates, on a seed that no other part has
 headline  none, double, single, single midrise at W4A3 and W4A4, three seeds, equal updates
-side      one seed each: one update alone; blocks, rank, batch 32, bits; models of 10, 20 and 100 DDIM steps
+updates   the W4A3 rows of one seed after 1 to 4,000 updates instead
+side      one seed each: blocks, rank, batch 32, bits; models of 10, 20 and 100 DDIM steps
 paper     the paper's own recipe, and the baseline with zero points that are not searched
 spoil     no training: the float model draws the first k of 50 steps, W4A3 the others; and the other way round
+clamp     no training: the same models with x_0 clamped to [-1, 1] at every step, as many samplers do
+cost      no scores: seconds and memory of train.py by batch; wants the GPU alone
 
 Each training is the command that its row names, in runs/grid/NAME; a killed one goes on where it was. Scored are the
 pictures (integer arithmetic, guidance 1, seed 0) of as many noises for all, against the float model's from the same.
@@ -16,21 +19,24 @@ import contextlib
 import functools
 import itertools
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import hqdm  # noqa: E402
 import train  # noqa: E402
 from plumbing.runs import (lock, new_parser, pick_device, positive, provenance, recorded, run_cli,  # noqa: E402
-                           write_json)
+                           whole_file, write_json)
 from rates import searched  # noqa: E402
 from sample import (CHECKPOINTS, draw, load_judge, load_model, noise_and_labels, psnr, score,  # noqa: E402
                     to_uint8)
 from sample import name_of as sample_name  # noqa: E402
+import unet  # noqa: E402
 from unet import ddim, ddim_timesteps  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -41,8 +47,10 @@ RUNS = HERE.parent / "runs" / "grid"
 KINDS = {"none": dict(rotation="none"), "double": dict(rotation="double"), "single": dict(rotation="single"),
          "midrise": dict(rotation="single", grid="midrise")}
 BITS = {"w4a3": dict(wbits=4, abits=3), "w4a4": dict(wbits=4, abits=4)}
-EQUAL = dict(steps=2000, balance=0.5)                # of headline and side; tune is to decide, and has not yet
+EQUAL = dict(steps=1000, balance=0.5)                # of all but tune and paper; this balance was the best in tune for none
+TUNED = 100                                          # the seed of tune
 PICTURES = 10_000                                    # scored; of another number, -n, is said in a row's name
+PARTS = ("tune", "headline", "updates", "side", "paper", "spoil", "clamp", "cost")
 PAPER_RATES = {"lora": 1 / 2500, "s_w": 1e-6, "s_x": 5e-4, "z_x": 5e-4}
 
 
@@ -50,21 +58,26 @@ def rows_of(part):
     """The rows of a part: options of train.py; "paper": with the paper's rates, "searched": see rates.py."""
     w4a3, one = BITS["w4a3"], {**BITS["w4a3"], **EQUAL, "seed": 0}
     if part == "tune":
-        tried = [(1000, 0.0), (1000, 0.5), (1000, 1.0), (2000, 0.5), (4000, 0.5)]
-        return [{**w4a3, **KINDS[kind], "seed": 100, "steps": steps, "balance": balance}
-                for steps, balance in tried for kind in ("none", "single", "midrise")]
+        tried = [dict(balance=0.0), dict(balance=0.5), dict(balance=1.0), dict(balance=0.5, lr=0.5), dict(balance=0.5, lr=2.0)]
+        return [{**w4a3, **KINDS[kind], "steps": 1000, "seed": TUNED, **change}
+                for change in tried for kind in ("none", "single", "midrise")]
     if part == "headline":
         return [{**bits, **kind, **EQUAL, "seed": seed}
                 for seed in range(3) for bits in BITS.values() for kind in KINDS.values()]
+    if part == "updates":
+        return [{**one, **KINDS[kind], "steps": steps} for steps in (4000, 1, 100, 300) for kind in ("none", "single", "midrise")]
+    if part == "cost":
+        return [{**one, **KINDS["single"], "batch": batch} for batch in (128, 64, 32)]
     if part == "side":
-        few = [{**one, **kind, "steps": 1} for kind in KINDS.values()]
         shapes = [{**one, **KINDS["single"], **{key: value}}
                   for key, value in (("block", 8), ("block", 16), ("block", 64), ("rank", 4), ("batch", 32))]
         bits = [{**one, **KINDS[kind], **change} for change in (dict(abits=2), dict(wbits=3))
                 for kind in ("none", "single", "midrise")]
         times = [{**one, **KINDS[kind], "ddim_steps": n} for n in (10, 20, 100) for kind in ("none", "single")]
-        return few + shapes + bits + times
-    return [{**w4a3, **KINDS[kind], "seed": 0, "order": "trajectory", "batch": 2, "steps": 16_000, "paper": True,
+        best = [{**one, **KINDS["midrise"], "steps": 4000, "balance": 1.0}]
+        return best + shapes + bits + times
+    return [{**w4a3, **KINDS[kind], "seed": 0, "order": "trajectory", "batch": 2, "steps": 16_000,
+             "balance": 0.0, "paper": True,
              "searched": kind != "none"} for kind in ("none", "double", "single")]
 
 
@@ -84,31 +97,38 @@ def name_of(row):
     if row.get("paper"):
         return f"paper-{row['rotation']}"
     main = train.run_name(row["wbits"], row["abits"], row["rotation"], row.get("grid"))
-    plain = {"wbits", "abits", "rotation", "grid", *(EQUAL if EQUAL.items() <= row.items() else ())}
+    plain = {"wbits", "abits", "rotation", "grid", *(EQUAL if EQUAL.items() <= row.items() and row["seed"] != TUNED else ())}
     return "-".join([main, *(f"{k}{v}" for k, v in row.items() if k not in plain)]).replace("_", "-")
 
 
 # ---------------------------------------------------------------- running and scoring
 
 class Scorer:
-    """Scores of n pictures of a model; the float model's, from the same noise, are drawn once a number of steps."""
+    """Scores of n pictures of a model; the float model's, from the same noise, are drawn once and kept in runs/grid."""
 
     def __init__(self, teacher, n):
         device = next(teacher.parameters()).device
-        self.teacher, self.n, self.judge, self.reference = teacher, n, load_judge(device), {}
+        self.teacher, self.n, self.judge = teacher, n, load_judge(device)
+
+    def reference(self, steps):
+        path = RUNS / f"float-{steps}-{self.n}.npy"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pictures, _ = draw(self.teacher, self.n, steps)
+            with whole_file(path) as part, open(part, "wb") as f:
+                np.save(f, pictures.numpy())
+        return torch.from_numpy(np.load(path))
 
     def __call__(self, pictures, labels, steps):
         """The dict of sample.score, and: psnr; brightness, grey levels above the float model's; contrast, times its."""
-        if steps not in self.reference:
-            self.reference[steps], _ = draw(self.teacher, self.n, steps)
-        mine, theirs = pictures.double(), self.reference[steps].double()
-        return {"n": self.n, **score(pictures, labels, self.judge), "psnr": psnr(pictures, self.reference[steps]),
+        reference = self.reference(steps)
+        mine, theirs = pictures.double(), reference.double()
+        return {"n": self.n, **score(pictures, labels, self.judge), "psnr": psnr(pictures, reference),
                 "brightness": float(mine.mean() - theirs.mean()),
                 "contrast": float(mine.std(dim=(1, 2, 3)).mean() / theirs.std(dim=(1, 2, 3)).mean())}
 
     def float_row(self, steps):
-        pictures, labels = draw(self.teacher, self.n, steps)
-        self.reference.setdefault(steps, pictures)
+        pictures, (_, labels) = self.reference(steps), noise_and_labels(self.n, 0, self.teacher.classes)
         return {"name": f"float-ddim-steps{steps}", "wbits": 32, "abits": 32, "rotation": "none", "ddim_steps": steps,
                 **self(pictures, labels, steps)}
 
@@ -120,11 +140,10 @@ def float_pictures(teacher, student, walks, n, seed):
 
 def run_row(row, device, score_of):
     """Train as the row says, unless that was done; draw, score: the row of results.json."""
-    name, cuda = name_of(row), device.type == "cuda"
-    out, rates, untrained, began = RUNS / name, dict(train.RATES), train.untrained_pictures, time.time()
+    name = name_of(row)
+    out, rates, untrained = RUNS / name, dict(train.RATES), train.untrained_pictures
     if not (out / "metrics.json").is_file():
         argv = [*options_of(row), "--out", str(out), "--device", device.type]
-        torch.cuda.reset_peak_memory_stats() if cuda else None
         try:
             train.RATES.update(PAPER_RATES if row.get("paper") else {})
             train.untrained_pictures = float_pictures
@@ -140,10 +159,30 @@ def run_row(row, device, score_of):
     scores = score_of(*draw(model, score_of.n, steps), steps)
     settings = {k: run["settings"][k] for k in ("grid", "block", "rank", "order", "balance", "batch", "ddim_steps")}
     return {"name": name, **settings, **row, **scores, "eps_error_untrained": run["eps_error_untrained"],
-            "eps_error": run["eps_error"], "train_seconds": run["seconds"],
-            "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None,
-            "megabytes": sum(r["bytes"] for r in run["layers"]) / 1e6,
-            "command": command_of(row), "scored_seconds": round(time.time() - began, 1)}
+            "eps_error": run["eps_error"], "megabytes": sum(r["bytes"] for r in run["layers"]) / 1e6,
+            "command": command_of(row)}
+
+
+def cost_row(row, device):
+    """Row of part cost: wall time of the command, from the bundled teacher to pictures, and the memory that it says."""
+    out, began = RUNS / name_of(row) / "cost", time.time()
+    subprocess.run([sys.executable, str(HERE.parent / "train.py"), *options_of(row), "--out", str(out), "--device",
+                    device.type], check=True, stdout=subprocess.DEVNULL)
+    return {**row, "seconds": round(time.time() - began, 1), "command": command_of(row),
+            "peak_gib": json.loads((out / "metrics.json").read_text())["peak_gib"]}
+
+
+def clamp_row(model, steps, score_of):
+    """Row of part clamp: the scores of a model whose x_0 is kept within [-1, 1] at every step."""
+    def clamped(x, eps, a_t, a_s, sigma=0.0):
+        x_0 = ((x - (1 - a_t) ** 0.5 * eps) / a_t**0.5).clamp(-1, 1)
+        return a_s**0.5 * x_0 + (1 - a_s - sigma**2) ** 0.5 * eps, x_0
+    plain = unet.ddim_step
+    try:
+        unet.ddim_step = clamped
+        return {"ddim_steps": steps, **score_of(*draw(model, score_of.n, steps), steps)}
+    finally:
+        unet.ddim_step = plain
 
 
 @torch.no_grad()
@@ -201,10 +240,10 @@ def read(path):
 
 def main():
     parser = new_parser(__doc__)
-    parser.add_argument("parts", nargs="+", choices=("tune", "headline", "side", "paper", "spoil"))
+    parser.add_argument("parts", nargs="+", choices=PARTS)
     parser.add_argument("-n", type=positive, default=PICTURES, help="pictures a model (10,000)")
     parser.add_argument("--seconds", type=positive, default=10**9, help="begin no row later than this")
-    parser.add_argument("--checkpoint", default=str(CHECKPOINTS / "w4a3-single.pt"), help="of part spoil")
+    parser.add_argument("--checkpoint", default=str(CHECKPOINTS / "w4a3-single.pt"), help="of parts spoil and clamp")
     parser.add_argument("--out", default=str(HERE / "results.json"))
     parser.add_argument("--device")
     args = parser.parse_args()
@@ -221,8 +260,8 @@ def main():
                 return
             row, made = make(), provenance({}, device, 0)
             keep(args.out, {**row, "name": name, "part": part, **{k: made[k] for k in ("hardware", "torch", "date")}})
-        print(f"{name}: C-FID {row['c_fid']:.2f} C-IS {row['c_is']:.3f} PSNR {row['psnr']:.2f} dB, "
-              f"{row.get('train_seconds', 0):.0f} s to train", flush=True)
+        said = {key: round(row[key], 3) for key in ("c_fid", "c_is", "psnr", "brightness", "contrast", "seconds", "peak_gib") if row.get(key)}
+        print(f"{time.time() - began:.0f} s: {name}: {said}", flush=True)
 
     for part in args.parts:
         if part == "spoil":
@@ -230,6 +269,15 @@ def main():
             for k, float_first in itertools.product((5, 10, 20, 30, 40, 45), (True, False)):
                 name = f"{sample_name(args.checkpoint)}-{'float' if float_first else 'quantized'}-for-{k}"
                 fill(functools.partial(spoil_row, name, model, k, float_first, score_of), name, part)
+            continue
+        if part == "clamp":
+            for path in (CHECKPOINTS / "teacher.pt", args.checkpoint):
+                make = functools.partial(clamp_row, load_model(path, device), 50, score_of)
+                fill(make, f"{sample_name(path)}-clamped", part)
+            continue
+        if part == "cost":
+            for row in rows_of(part):
+                fill(functools.partial(cost_row, row, device), f"cost-batch{row['batch']}", part, command_of(row))
             continue
         rows = rows_of(part)
         for steps in sorted({row.get("ddim_steps", 50) for row in rows}):

@@ -26,11 +26,11 @@ def kind(row):
 
 
 def of_part(rows, part):
-    return [r for r in rows if r["part"] == part and r["wbits"] < 32]
+    return [r for r in rows if r["part"] == part and r.get("wbits") != 32]
 
 
 def float_row(rows, n, steps=50):
-    return next(r for r in rows if r["wbits"] == 32 and (r["n"], r["ddim_steps"]) == (n, steps))
+    return next(r for r in rows if r.get("wbits") == 32 and (r["n"], r["ddim_steps"]) == (n, steps))
 
 
 def groups(rows):
@@ -99,15 +99,13 @@ def goals(rows):
 def tune(rows):
     """Markdown: what was tried on a seed that is not reported."""
     found = of_part(rows, "tune")
-    lines = ["| updates | balance | " + " | ".join(KINDS[k] for k in ("none", "single", "midrise")) + " |", "|---|---|---|---|---|"]
-    for steps, balance in sorted({(r["steps"], r["balance"]) for r in found}):
-        cells = []
-        for name in ("none", "single", "midrise"):
-            row = next((r for r in found if (r["steps"], r["balance"], kind(r)) == (steps, balance, name)), None)
-            cells.append(f"{row['c_fid']:.1f} / {row['c_is']:.2f} / {row['psnr']:.1f}" if row else "")
-        lines.append(f"| {steps:,} | {balance:g} | {' | '.join(cells)} |")
+    lines = ["| balance | " + " | ".join(KINDS[k] for k in ("none", "single", "midrise")) + " |", "|---|---|---|---|"]
+    for balance in sorted({r["balance"] for r in found}):
+        made = {kind(r): r for r in found if r["balance"] == balance}
+        cells = [f"{made[k]['c_fid']:.1f} / {made[k]['c_is']:.2f} / {made[k]['psnr']:.1f}" for k in ("none", "single", "midrise")]
+        lines.append(f"| {balance:g} | {' | '.join(cells)} |")
     top = float_row(rows, found[0]["n"])
-    return "\n".join([*lines, f"\nC-FID / C-IS / PSNR in dB of {found[0]['n']:,} pictures at W4A3, seed {found[0]['seed']} (float: "
+    return "\n".join([*lines, f"\nC-FID / C-IS / PSNR in dB of {found[0]['n']:,} pictures at W4A3, {found[0]['steps']:,} updates, seed {found[0]['seed']} (float: "
                               f"{top['c_fid']:.1f} / {top['c_is']:.2f}), on {found[0]['hardware']} (`python experiments/grid.py "
                               f"tune -n {found[0]['n']}`).\n"])
 
@@ -122,12 +120,10 @@ def side(rows):
 
 
 def costs(rows):
-    """Text: what the W4A3 row of seed 0 takes from the bundled teacher on, and the same at batch 32."""
-    made = [r for r in rows if (r["wbits"], r.get("seed")) == (4, 0) and (r["abits"], kind(r)) == (3, "single")]
-    usual = next(r for r in made if r["part"] == "headline")
-    small = [r for r in made if r["part"] == "side" and r["batch"] == 32 and r["steps"] == usual["steps"]]
-    return "; ".join(f"batch {r['batch']}: {r['train_seconds'] / 60:.1f} minutes and {r['peak_gib']:.1f} GiB at most"
-                     for r in [usual, *small]) + f" ({usual['steps']:,} updates, one {usual['hardware']}).\n"
+    """Text: what W4A3 single takes from the bundled teacher on, by batch."""
+    made = sorted((r for r in rows if r["part"] == "cost"), key=lambda r: -r["batch"])
+    said = "; ".join(f"batch {r['batch']}: {r['seconds'] / 60:.1f} minutes and {r['peak_gib']:.1f} GiB at most" for r in made)
+    return f"{said} ({made[0]['steps']:,} updates, one {made[0]['hardware']}).\n"
 
 
 def figure(path, panels, draw):
@@ -145,10 +141,9 @@ SCORES = (("c_fid", "C-FID (lower is better)"), ("c_is", "C-IS (higher is better
 
 
 def draw_updates(rows, path):
-    """C-FID, C-IS and PSNR against updates, at the balance of the longest runs; float dashed."""
-    found = of_part(rows, "tune")
-    balance = max(found, key=lambda r: r["steps"])["balance"]
-    found = [r for r in found if r["balance"] == balance]
+    """C-FID, C-IS and PSNR against updates of W4A3; float dashed."""
+    found = of_part(rows, "updates")
+    found += [r for r in of_part(rows, "headline") if (r["abits"], r["seed"]) == (3, found[0]["seed"])]
     top = float_row(rows, found[0]["n"])
 
     def draw(ax, i):
@@ -187,10 +182,10 @@ def main():
     new_parser(__doc__).parse_args()
     rows = read()
     parts = {r["part"] for r in rows}
-    for part, make in (("headline", headline), ("headline", goals), ("headline", costs), ("tune", tune), ("side", side)):
+    for part, make in (("headline", headline), ("headline", goals), ("cost", costs), ("tune", tune), ("side", side)):
         if part in parts:
             print(make(rows))
-    if "tune" in parts:
+    if "updates" in parts:
         draw_updates(rows, HERE / "updates.png")
     if "spoil" in parts:
         draw_spoil(rows, HERE / "spoil.png")

@@ -830,14 +830,15 @@ def test_two_processes_share_one_batch(kind, teacher_file, tmp_path):
 
 def test_the_declared_grid():
     """Every row is a command that train.py takes; names differ; updates are equal; tuned is on a seed of its own."""
-    rows = {part: grid.rows_of(part) for part in ("tune", "headline", "side", "paper")}
-    names = [grid.name_of(row) for part in rows.values() for row in part]
+    rows = {part: grid.rows_of(part) for part in ("tune", "headline", "updates", "side", "paper", "cost")}
+    names = [grid.name_of(row) for part in rows for row in rows[part] if part != "cost"]
     assert len(set(names)) == len(names) and len(rows["headline"]) == 4 * 2 * 3
     for row in (row for part in rows.values() for row in part):
         args = train.parse([*grid.options_of(row), "--device", "cpu"])
         assert all(getattr(args, k) == v for k, v in row.items() if k not in ("paper", "searched"))
-    assert all(grid.EQUAL.items() <= row.items() for row in rows["headline"])
-    assert not {r["seed"] for r in rows["tune"]} & {r["seed"] for part in ("headline", "side", "paper") for r in rows[part]}
+    assert all(grid.EQUAL.items() <= row.items() for row in rows["headline"] + rows["cost"])
+    assert all(row["balance"] == 0 for row in rows["paper"])
+    assert not {r["seed"] for r in rows["tune"]} & {r["seed"] for part in rows if part != "tune" for r in rows[part]}
 
 
 def test_the_grid_is_run_scored_and_gone_on_with(small, teacher_file, tmp_path, monkeypatch, capsys):
@@ -879,6 +880,28 @@ def test_the_grid_is_run_scored_and_gone_on_with(small, teacher_file, tmp_path, 
     (tmp_path / "r.json").write_text(json.dumps(results))
     with pytest.raises(ValueError, match="take it out first"):
         run()
+
+
+def test_a_clamped_walk_is_another_one(monkeypatch):
+    """Part clamp draws with x_0 within [-1, 1], and gives the plain step back."""
+    net, plain, seen = tiny_unet(0), grid.unet.ddim_step, []
+    score = type("", (), {"n": 2, "__call__": lambda self, pictures, labels, steps: seen.append(pictures) or {"c_fid": 1.0}})()
+    assert grid.clamp_row(net, 4, score) == {"ddim_steps": 4, "c_fid": 1.0} and grid.unet.ddim_step is plain
+    *_, (_, _, _, x_0) = ddim(net, *sample.noise_and_labels(2, 0, 10), steps=4)
+    assert x_0.abs().max() > 1 and not torch.equal(seen[0], sample.to_uint8(x_0))
+
+
+def test_what_a_training_costs(tmp_path, monkeypatch):
+    """Part cost runs the command as a user would, and takes seconds from the clock and memory from metrics.json."""
+    def run(argv, **options):
+        out = grid.Path(argv[argv.index("--out") + 1])
+        out.mkdir(parents=True)
+        (out / "metrics.json").write_text('{"peak_gib": 3.5}')
+        assert argv[1].endswith("train.py") and options["check"] and argv[argv.index("--batch") + 1] == "32"
+    monkeypatch.setattr(grid.subprocess, "run", run)
+    monkeypatch.setattr(grid, "RUNS", tmp_path)
+    row = grid.cost_row(grid.rows_of("cost")[-1], torch.device("cpu"))
+    assert row["peak_gib"] == 3.5 and row["seconds"] < 10 and row["command"].startswith("python train.py --wbits 4 --abits 3")
 
 
 def test_two_networks_draw_in_turns():

@@ -144,10 +144,8 @@ def test_means_deviations_and_goals_of_the_experiment():
     assert "W4A3 single against none: C-FID ahead, intervals apart; C-IS ahead, intervals apart." in goals
     assert "mid-rise grid against none: C-FID ahead, intervals touch; C-IS ahead, intervals apart." in goals
     assert results.headline(made, {(3, "single")}).count("| W4A3 ") == 1
-    for row in made[1:]:
-        row |= {"batch": 128, "train_seconds": 150, "peak_gib": 6.25}
-    small = {**made[4], "part": "side", "batch": 32, "train_seconds": 90, "peak_gib": 2.0}
-    assert results.costs([*made, small]) == ("batch 128: 2.5 minutes and 6.2 GiB at most; batch 32: 1.5 minutes and 2.0 GiB at "
+    cost = [{**made[4], "part": "cost", "batch": batch, "seconds": s, "peak_gib": gib} for batch, s, gib in ((32, 90, 2.0), (128, 150, 6.25))]
+    assert results.costs([*made, *cost]) == ("batch 128: 2.5 minutes and 6.2 GiB at most; batch 32: 1.5 minutes and 2.0 GiB at "
                                              "most (7 updates, one x).\n")
 
 
