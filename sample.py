@@ -28,6 +28,7 @@ from unet import T, UNet, ddim, ddim_timesteps
 
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
+BUNDLED = "teacher", "w4a3-single-midrise"                       # what is drawn from unless told otherwise
 
 
 # ---------------------------------------------------------------- drawing
@@ -341,7 +342,7 @@ def parse(argv):
     add("--out", default="samples.png", help="the picture (samples.png)")
     add("--device", help="cpu, cuda or mps (the fastest one here)")
     args = parser.parse_args(argv)
-    args.checkpoints = args.checkpoints or [str(CHECKPOINTS / name) for name in ("teacher.pt", "w4a3-single.pt")]
+    args.checkpoints = args.checkpoints or [str(CHECKPOINTS / f"{name}.pt") for name in BUNDLED]
     args.device, args.argv = pick_device(args.device), argv
     if args.integer and args.device.type not in ("cpu", "cuda"):
         print(f"note: {args.device} multiplies no integers, so --integer draws on the cpu")

@@ -47,7 +47,7 @@ CIFAR10_MD5 = {         # of the extracted files, so that any mirror's archive c
     "data_batch_1.bin": "5dd7e06a14cb22eb9f671a540d1b7c25", "data_batch_2.bin": "5ea93a67294ea407fff1d09f752e9692",
     "data_batch_3.bin": "942cd6a4bcdd0dd3c604fbe906cb4421", "data_batch_4.bin": "ae636b3ba5c66a11e91e8cb52e771fcb",
     "data_batch_5.bin": "53f37980c15c3d472c316c40844f3f0d", "test_batch.bin": "803d5f7f4d78ea53de84dbe85f74fb6d",
-    "cifar10-1k.bin": "6672568c6f9da0ae2d58cd800deb0f83"}       # the bundled first thousand images of data_batch_1
+    "cifar10-300.bin": "c5d240bc9b23967e8a6b2dd01e9da1ec"}      # the bundled first three hundred images of data_batch_1
 RECORD = 1 + 3 * 32 * 32                                        # one label byte, then 1024 R, 1024 G, 1024 B
 
 
@@ -79,8 +79,8 @@ def load_cifar10(dir="data", test=False):
 
 
 def load_bundled():
-    """The bundled first thousand training images, in the same format."""
-    return read_batch(CHECKPOINTS / "cifar10-1k.bin")
+    """The bundled first 300 training images, in the same format."""
+    return read_batch(CHECKPOINTS / "cifar10-300.bin")
 
 
 def download_cifar10(dir="data", url=CIFAR10_URL):
@@ -147,7 +147,7 @@ def find_data(data=None):
     except ConnectionError as e:                     # nothing else: a broken archive, or a full disk, is an error
         if address:
             raise
-        print(f"*** {e}\n*** TRAINING ON THE 1,000 BUNDLED IMAGES INSTEAD OF 50,000: for a try, not for results. ***\n"
+        print(f"*** {e}\n*** TRAINING ON THE 300 BUNDLED IMAGES INSTEAD OF 50,000: for a try, not for results. ***\n"
               "*** For all pass --data FOLDER, or the address of a mirror of cifar-10-binary.tar.gz. ***", flush=True)
         return load_bundled()
 
@@ -474,7 +474,7 @@ def parse(argv):
     add("--grid", choices=hqdm.GRIDS, help="of rotated activations: with 0 (the paper's), or all 2^b codes (midtread)")
     add("--rank", type=positive, help="of the LoRA factors (32)")
     add("--order", choices=("mixed", "trajectory"), help="of training steps; trajectory is the paper's (mixed)")
-    add("--balance", type=finite, help="of DDIM steps in the loss: 0 a plain mean, the paper's; up to 1: each by its own size (0.5)")
+    add("--balance", type=finite, help="of steps in the loss: 0 alike, as the paper; up to 1 by their own size (0.5)")
     add("--ddim-steps", type=positive, help="of the sampler, an activation scale each (50; without CUDA 10)")
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=positive, help="updates (defaults depend on the device and are printed)")

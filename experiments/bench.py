@@ -354,9 +354,9 @@ def sampling(device, quick):
     """Rows of part `sampling`: pictures a second at 50 DDIM steps, of the bundled float and W4A3 single models."""
     n, steps = (16, 5) if quick else (500, 50)      # a step costs the same at each t: a CPU times 5, and 50 are reported
     runs = {}
-    for name in ("teacher", "w4a3-none", "w4a3-single"):
+    for name, file in (("teacher", "teacher"), ("w4a3-none", "w4a3-none"), ("w4a3-single", "w4a3-single-midrise")):
         for view in (None,) if name == "teacher" else (None, "A", "B"):
-            model = load_model(CHECKPOINTS / f"{name}.pt", device)
+            model = load_model(CHECKPOINTS / f"{file}.pt", device)
             if view:
                 hqdm.set_integer(model, True, view)
             kind = "float" if name == "teacher" else f"{name}, {'integer ' + view if view else 'fake'}"

@@ -243,7 +243,7 @@ def main():
     parser.add_argument("parts", nargs="+", choices=PARTS)
     parser.add_argument("-n", type=positive, default=PICTURES, help="pictures a model (10,000)")
     parser.add_argument("--seconds", type=positive, default=10**9, help="begin no row later than this")
-    parser.add_argument("--checkpoint", default=str(CHECKPOINTS / "w4a3-single.pt"), help="of parts spoil and clamp")
+    parser.add_argument("--checkpoint", default=str(CHECKPOINTS / "w4a3-single-midrise.pt"), help="of parts spoil and clamp")
     parser.add_argument("--out", default=str(HERE / "results.json"))
     parser.add_argument("--device")
     args = parser.parse_args()

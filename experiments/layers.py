@@ -73,7 +73,7 @@ def weight_row(weight, wbits):
 
 def measure(teacher, walks, abits=3, wbits=4):
     """Rows of all low-bit layers: (activations, a row a layer and step; weights, a row a layer)."""
-    student = load_model(CHECKPOINTS / "w4a3-single.pt")
+    student = load_model(CHECKPOINTS / "w4a3-single-midrise.pt")
     low = {name: layer for name, layer in student.named_modules()
            if isinstance(layer, hqdm.HQLayer) and layer.scheme.rotation == "single"}
     twins, rows, t = dict(teacher.named_modules()), [], None
@@ -161,7 +161,7 @@ def main():
     parser.add_argument("--walks", type=positive, default=16, help="pictures drawn at once (16)")
     parser.add_argument("--ddim-steps", type=positive, default=10)
     parser.add_argument("--floor", action="store_true")
-    parser.add_argument("--checkpoint", default=str(CHECKPOINTS / "w4a3-single.pt"), help="of --floor")
+    parser.add_argument("--checkpoint", default=str(CHECKPOINTS / "w4a3-single-midrise.pt"), help="of --floor")
     parser.add_argument("--out", help="a JSON file; its figure goes beside it (layers.json or floor.json, here)")
     parser.add_argument("--device")
     args = parser.parse_args()

@@ -15,6 +15,7 @@ KINDS = {"none": "none", "double": "double", "single": "single", "midrise": "sin
 COLOURS = {"none": "C1", "double": "C3", "single": "C0", "midrise": "C2"}
 # What the experiment was to reach: C-IS as a share of the float model's, and C-FID in times its, at most.
 GOALS = {(4, "single"): (0.99, 1.15), (3, "single"): (0.955, 1.65), (3, "midrise"): (0.97, 1.65)}
+FAITHFUL = dict(psnr=29, brightness=1, contrast=0.01)            # and at W4A3: dB at least; grey levels and share, off at most
 
 
 def read():
@@ -50,16 +51,17 @@ def headline(rows, chosen=None):
     """Markdown: the float model, and mean ± deviation over seeds of each kind; chosen: some of (abits, kind)."""
     found = groups(rows)
     first = next(iter(found.values()))[0]
-    top = float_row(rows, first["n"])
-    lines = ["| | rotation | C-FID | C-IS, share of float | class accuracy | PSNR dB | MB |", "|---|---|---|---|---|---|---|",
-             f"| float | | {top['c_fid']:.1f} | {top['c_is']:.2f}, 100% | {top['accuracy']:.1%} | | 17.91 |"]
+    top, size = float_row(rows, first["n"]), 2 * json.loads((HERE / "teacher.json").read_text())["parameters"]
+    lines = ["| | rotation | C-FID (lower is better) | C-IS, share of float | class accuracy | PSNR to float, dB | MB (float: in half precision) |",
+             "|---|---|---|---|---|---|---|",
+             f"| float | | {top['c_fid']:.1f} | {top['c_is']:.2f}, 100% | {top['accuracy']:.1%} | | {size / 1e6:.1f} |"]
     for (abits, name), seeds in found.items():
         if chosen and (abits, name) not in chosen:
             continue
         c_is = [r["c_is"] for r in seeds]
         lines.append(f"| W4A{abits} | {KINDS[name]} | {spread([r['c_fid'] for r in seeds])} "
-                     f"| {spread(c_is, 2)}, {mean(c_is) / top['c_is']:.1%} | {spread([r['accuracy'] for r in seeds], 1, 100)} % "
-                     f"| {spread([r['psnr'] for r in seeds])} | {first['megabytes']:.2f} |")
+                     f"| {spread(c_is, 3)}, {mean(c_is) / top['c_is']:.1%} | {spread([r['accuracy'] for r in seeds], 1, 100)} % "
+                     f"| {spread([r['psnr'] for r in seeds])} | {seeds[0]['megabytes']:.1f} |")
     seeds = sorted({r["seed"] for r in of_part(rows, "headline")})
     note = (f"\n{first['n']:,} pictures a model, {first['ddim_steps']} DDIM steps, guidance 1; mean ± standard deviation of "
             f"seeds {', '.join(map(str, seeds))}, {first['steps']:,} updates each at balance {first['balance']:g}, on "
@@ -83,6 +85,14 @@ def goals(rows):
             said = " and ".join("met" if ok else "missed" for ok in (got_share >= share, got_times <= times))
             lines.append(f"- W4A{abits} {KINDS[name]}: C-IS {got_share:.1%} of float (goal {share:.1%}), C-FID "
                          f"{got_times:.2f} times (goal {times}): {said}.")
+    for name in KINDS:
+        if seeds := found.get((3, name)):
+            got = {key: mean(r[key] for r in seeds) for key in FAITHFUL}
+            met = (got["psnr"] >= FAITHFUL["psnr"] and abs(got["brightness"]) <= FAITHFUL["brightness"]
+                   and abs(got["contrast"] - 1) <= FAITHFUL["contrast"])
+            lines.append(f"- W4A3 {KINDS[name]}, as float draws it: PSNR {got['psnr']:.1f} dB (goal {FAITHFUL['psnr']}), brightness "
+                         f"{got['brightness']:+.1f} levels (goal within {FAITHFUL['brightness']}), contrast {got['contrast']:.3f} "
+                         f"(goal within {FAITHFUL['contrast']:.0%}): {'met' if met else 'missed'}.")
     for abits in (4, 3):
         none = found.get((abits, "none"))
         for name in ("single", "midrise", "double"):
@@ -98,12 +108,12 @@ def goals(rows):
 
 def tune(rows):
     """Markdown: what was tried on a seed that is not reported."""
-    found = of_part(rows, "tune")
-    lines = ["| balance | " + " | ".join(KINDS[k] for k in ("none", "single", "midrise")) + " |", "|---|---|---|---|"]
-    for balance in sorted({r["balance"] for r in found}):
-        made = {kind(r): r for r in found if r["balance"] == balance}
-        cells = [f"{made[k]['c_fid']:.1f} / {made[k]['c_is']:.2f} / {made[k]['psnr']:.1f}" for k in ("none", "single", "midrise")]
-        lines.append(f"| {balance:g} | {' | '.join(cells)} |")
+    found, kinds = of_part(rows, "tune"), ("none", "single", "midrise")
+    lines = [f"| balance | rates | {' | '.join(KINDS[k] for k in kinds)} |", "|---|---|---|---|---|"]
+    for balance, lr in sorted({(r["balance"], r.get("lr", 1.0)) for r in found}):
+        made = {kind(r): r for r in found if (r["balance"], r.get("lr", 1.0)) == (balance, lr)}
+        cells = [f"{made[k]['c_fid']:.1f} / {made[k]['c_is']:.2f} / {made[k]['psnr']:.1f}" for k in kinds]
+        lines.append(f"| {balance:g} | x {lr:g} | {' | '.join(cells)} |")
     top = float_row(rows, found[0]["n"])
     return "\n".join([*lines, f"\nC-FID / C-IS / PSNR in dB of {found[0]['n']:,} pictures at W4A3, {found[0]['steps']:,} updates, seed {found[0]['seed']} (float: "
                               f"{top['c_fid']:.1f} / {top['c_is']:.2f}), on {found[0]['hardware']} (`python experiments/grid.py "
@@ -122,8 +132,8 @@ def side(rows):
 def costs(rows):
     """Text: what W4A3 single takes from the bundled teacher on, by batch."""
     made = sorted((r for r in rows if r["part"] == "cost"), key=lambda r: -r["batch"])
-    said = "; ".join(f"batch {r['batch']}: {r['seconds'] / 60:.1f} minutes and {r['peak_gib']:.1f} GiB at most" for r in made)
-    return f"{said} ({made[0]['steps']:,} updates, one {made[0]['hardware']}).\n"
+    said = ", ".join(f"{r['seconds']:.0f} s and {r['peak_gib']:.1f} GiB at batch {r['batch']}" for r in made)
+    return f"{said} (one {made[0]['hardware']}).\n"
 
 
 def figure(path, panels, draw):

@@ -93,7 +93,7 @@ def main():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(args.batch, 3, 32, 32, generator=generator).to(device).contiguous(memory_format=torch.channels_last)
     inputs = x, torch.full((args.batch,), 500, device=device), torch.zeros(args.batch, dtype=torch.long, device=device)
-    for what, file in (("float", "teacher"), ("W4A3, fake", "w4a3-single"), ("W4A3, integer", "w4a3-single")):
+    for what, file in (("float", "teacher"), ("W4A3, fake", "w4a3-single-midrise"), ("W4A3, integer", "w4a3-single-midrise")):
         net = load_model(CHECKPOINTS / f"{file}.pt", device)
         if what.endswith("integer"):
             hqdm.set_integer(net)

@@ -503,13 +503,13 @@ class Run:
             yield pair
 
     def finish(self, device, **more):
-        """metrics.json. A long run's losses are kept as means of so many updates: 80,000 would be 2 MB."""
-        each = math.ceil(len(self.losses) / 10_000)
+        """metrics.json. A long run's losses are kept as at most 1,000 means, each of so many updates."""
+        each = math.ceil(len(self.losses) / 1000)
         kept = [round(float(np.mean(self.losses[i:i + each])), 6) for i in range(0, len(self.losses), each)]
         peak = round(torch.cuda.max_memory_allocated(device) / 2**30, 2) if device.type == "cuda" else None
         write_json(self.out / "metrics.json", {
-            **provenance(self.settings, device, self.seconds(), self.argv), "processes": world()[1], "peak_gib": peak, **more,
-            "curve": self.curve, "updates_per_loss": each, "losses": kept if each > 1 else self.losses})
+            **provenance(self.settings, device, self.seconds(), self.argv), "processes": world()[1], "peak_gib": peak,
+            **more, "curve": self.curve, "updates_per_loss": each, "losses": kept if each > 1 else self.losses})
         size = os.path.getsize(self.out / "model.pt") / 1e6
         print(f"wrote {self.out}/model.pt ({size:.2f} MB), metrics.json, loss.png, samples.png; {self.seconds():.0f} s"
               f"{f', at most {peak:.1f} GiB of GPU memory' if peak else ''}", flush=True)
@@ -636,9 +636,11 @@ def provenance(settings, device, seconds, argv=None):
     """
     threads, processes = f"{device.type}, {torch.get_num_threads()} threads", os.environ.get("LOCAL_WORLD_SIZE")
     launcher = "python" if processes is None else f"torchrun --nproc_per_node={processes}"
-    plain = {k: relative(v) if isinstance(v, (str, Path)) and os.path.isabs(v) else v
-             for k, v in settings.items()}
-    command = f"main({argv})" if argv is not None else " ".join([launcher, relative(sys.argv[0]), *sys.argv[1:]])
+
+    def from_here(v):
+        return relative(v) if isinstance(v, (str, Path)) and os.path.isabs(v) else v
+    plain, words = {k: from_here(v) for k, v in settings.items()}, [from_here(w) for w in argv or sys.argv[1:]]
+    command = f"main({words})" if argv is not None else " ".join([launcher, relative(sys.argv[0]), *words])
     return {"command": command, "settings": plain,
             "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else threads,
             "torch": torch.__version__, "python": sys.version.split()[0],

@@ -24,7 +24,7 @@ from unet import UNet, add_noise, ddim_timesteps
 
 TIMES = tuple(ddim_timesteps(4).tolist())
 SCHEME = hqdm.Scheme(4, 3, "single", block=16, rank=4, timesteps=TIMES)
-BUNDLED = ["teacher.pt", "w4a3-single.pt", "w4a3-none.pt"]
+BUNDLED = ["teacher.pt", "w4a3-single-midrise.pt", "w4a3-none.pt", "w4a4-single.pt"]
 
 
 @functools.cache
@@ -750,7 +750,7 @@ def test_bundled_models_load_and_are_small(name):
 
 def test_bundled_integer_pictures():
     """The real W4A3 model at full size: every picture the same bytes from integers as from fake quantization."""
-    model = sample.load_model(sample.CHECKPOINTS / "w4a3-single.pt")
+    model = sample.load_model(sample.CHECKPOINTS / "w4a3-single-midrise.pt")
     fake, _ = sample.draw(model, 2, steps=3)
     hqdm.set_integer(model)
     assert torch.equal(sample.draw(model, 2, steps=3)[0], fake)
@@ -888,7 +888,7 @@ def test_titles_are_names(checkpoint, tmp_path, stubs, capsys):
 def test_defaults(checkpoint, monkeypatch):
     """16 pictures on a CPU, 64 elsewhere, of the bundled teacher and W4A3 model."""
     args = sample.parse(["--device", "cpu"])
-    assert args.n == 16 and [sample.name_of(path) for path in args.checkpoints] == ["teacher", "w4a3-single"]
+    assert args.n == 16 and [sample.name_of(path) for path in args.checkpoints] == ["teacher", "w4a3-single-midrise"]
     monkeypatch.setattr(sample, "pick_device", lambda name: torch.device("cuda"))
     assert sample.parse([str(checkpoint)]).n == 64 and sample.parse([str(checkpoint), "-n", "3"]).n == 3
 
@@ -926,4 +926,4 @@ def test_classes_are_the_models_own(tmp_path, capsys):
 def test_the_bundled_command(tmp_path, capsys):
     """`python sample.py --integer`: the teacher in float beside the W4A3 model in floats and integers."""
     code, out, err = run(capsys, "--integer", "-n", 1, "--steps", 1, "--out", tmp_path / "s.png")
-    assert (code, err) == (0, "") and "w4a3-single: 0 of 3,072 bytes differ" in out and "teacher: 0 of" not in out
+    assert (code, err) == (0, "") and "w4a3-single-midrise: 0 of 3,072 bytes differ" in out and "teacher: 0 of" not in out
