@@ -1,6 +1,6 @@
 """The README's picture: the same noise drawn by float, W4A3 only calibrated, and W4A3 trained -> pictures.png.
 
-    python experiments/pictures.py         # three minutes on 2 cores
+    python experiments/pictures.py         # two minutes on 2 cores
 """
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ from sample import CHECKPOINTS, draw, load_model, save_grids  # noqa: E402
 from train import quantized_copy, trajectories  # noqa: E402
 from unet import ddim_timesteps  # noqa: E402
 
-WORDS = {"none": "none (no transform)", "single": "single (transform on activations)"}
+KINDS = {"none": ("none (no transform)", "midtread"), "single-midrise": ("single (transform on activations), mid-rise grid", "midrise")}
 
 
 def main():
@@ -25,10 +25,10 @@ def main():
     device, times = pick_device(args.device), tuple(ddim_timesteps(args.ddim_steps).tolist())
     models = {"float": load_model(CHECKPOINTS / "teacher.pt", device)}
     walks = trajectories(models["float"], 8, args.ddim_steps, seed=1_000_000)
-    for name, words in WORDS.items():
-        scheme = hqdm.Scheme(4, 3, name, timesteps=times)
+    for name, (words, grid) in KINDS.items():
+        scheme = hqdm.Scheme(4, 3, name.partition("-")[0], timesteps=times, grid=grid)
         models[f"W4A3 {words}, calibrated, not trained"] = quantized_copy(models["float"], scheme, walks)
-    for name, words in WORDS.items():
+    for name, (words, _) in KINDS.items():
         models[f"W4A3 {words}, trained"] = load_model(CHECKPOINTS / f"w4a3-{name}.pt", device)
     save_grids(args.out, {title: draw(model, args.n, args.ddim_steps)[0] for title, model in models.items()})
 
