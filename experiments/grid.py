@@ -180,9 +180,10 @@ def clamp_row(model, steps, score_of):
     plain = unet.ddim_step
     try:
         unet.ddim_step = clamped
-        return {"ddim_steps": steps, **score_of(*draw(model, score_of.n, steps), steps)}
+        drawn = draw(model, score_of.n, steps)
     finally:
         unet.ddim_step = plain
+    return {"ddim_steps": steps, **score_of(*drawn, steps)}      # by then the float model draws as always
 
 
 @torch.no_grad()

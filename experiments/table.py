@@ -52,6 +52,7 @@ def experiment():
     rows, real = results.read(), read("real.json")["rows"]["test images"]
     return (f"{results.headline(rows)}\n{real['n']:,} real test images get C-FID {real['c_fid']:.1f}, C-IS {real['c_is']:.2f} and "
             f"class accuracy {real['accuracy']:.1%} (`real.json`).\n\n**Goals, met and missed:**\n\n{results.goals(rows)}\n"
+            f"{results.clamped(rows)}\n"
             f"**Tuned**, all kinds alike:\n\n{results.tune(rows)}")
 
 

@@ -885,8 +885,8 @@ def test_the_grid_is_run_scored_and_gone_on_with(small, teacher_file, tmp_path, 
 def test_a_clamped_walk_is_another_one(monkeypatch):
     """Part clamp draws with x_0 within [-1, 1], and gives the plain step back."""
     net, plain, seen = tiny_unet(0), grid.unet.ddim_step, []
-    score = type("", (), {"n": 2, "__call__": lambda self, pictures, labels, steps: seen.append(pictures) or {"c_fid": 1.0}})()
-    assert grid.clamp_row(net, 4, score) == {"ddim_steps": 4, "c_fid": 1.0} and grid.unet.ddim_step is plain
+    score = type("", (), {"n": 2, "__call__": lambda self, pictures, labels, steps: seen.append(pictures) or {"plain": grid.unet.ddim_step is plain}})()
+    assert grid.clamp_row(net, 4, score) == {"ddim_steps": 4, "plain": True} and grid.unet.ddim_step is plain
     *_, (_, _, _, x_0) = ddim(net, *sample.noise_and_labels(2, 0, 10), steps=4)
     assert x_0.abs().max() > 1 and not torch.equal(seen[0], sample.to_uint8(x_0))
 
