@@ -100,7 +100,7 @@ def test_an_address_is_fetched_whole_or_not_at_all(tmp_path, monkeypatch):
     """--data ADDRESS; a cut archive, a wrong or a missing file leaves nothing behind under the final name."""
     url, archive = make_archive(tmp_path / "mirror", monkeypatch), tmp_path / "mirror" / "a.tar.gz"
     monkeypatch.chdir(tmp_path)
-    assert len(train.find_data(url)[0]) == 5000 and len(train.load_cifar10(tmp_path / "data", test=True)[0]) == 1000
+    assert len(train.find_data(url)[0]) == 1500 and len(train.load_cifar10(tmp_path / "data", test=True)[0]) == 300
     def refused(error, message):
         with pytest.raises(error, match=message):
             train.download_cifar10(tmp_path / "other", url)
@@ -127,7 +127,7 @@ def test_two_runs_fetch_at_once(tmp_path, monkeypatch):
         train.download_cifar10("data", url)
         real(*args)
     monkeypatch.setattr(train, "fetch", meanwhile)
-    assert len(train.find_data(url)[0]) == 5000 and len(list((tmp_path / "data").iterdir())) == 1
+    assert len(train.find_data(url)[0]) == 1500 and len(list((tmp_path / "data").iterdir())) == 1
 
 
 def test_a_host_that_drips_is_given_up(tmp_path, monkeypatch):
@@ -669,13 +669,17 @@ def test_a_long_run_keeps_means_of_its_losses(tmp_path):
 
 @pytest.mark.parametrize("order", ["mixed", "trajectory"])
 def test_options_of_a_quantized_run_arrive(order, teacher_file, tmp_path, monkeypatch):
-    """--order, --lr, --seed, --steps and the scheme are what the training gets, all scales calibrated by then."""
+    """--order, --balance, --lr, --seed, --steps and the scheme are what the training gets, all scales calibrated by then."""
     got = []
     monkeypatch.setattr(train, "distil", lambda *args: got.extend(args) or fail(InterruptedError()))
     with pytest.raises(InterruptedError):
-        train.main(arguments(teacher_file, tmp_path, "--order", order, "--lr", "2", "--seed", "3", "--rank", "2"))
+        train.main(arguments(teacher_file, tmp_path, "--order", order, "--lr", "2", "--seed", "3", "--rank", "2",
+                             *["--balance", "0"] * (order == "trajectory")))
     student, optimizer, batches, steps, first, weights = got
-    assert weights is None
+    if order == "trajectory":                        # a plain mean, as the paper's
+        assert weights is None
+    else:                                            # the default
+        assert len(weights) == len(TIMES) and 0 < weights.min() < weights.max()
     assert [g["initial_lr"] for g in optimizer.param_groups] == [g["lr"] for g in train.parameter_groups(student, 2.0)]
     assert student.hqdm == SCHEME._replace(rank=2) and (steps, first) == (8, 0)
     asked, together = batches.gi_frame.f_locals, order == "trajectory"
