@@ -40,13 +40,15 @@ teacher() {
 }
 
 quantized() {
-    $PYTHON experiments/grid.py tune -n 2000
-    $PYTHON experiments/grid.py headline updates side paper
+    local grid="$PYTHON experiments/grid.py --out runs/grid/results.json"        # from nothing, or what is there
+    $grid tune -n 2000
+    $grid headline
     for name in w4a3-none w4a3-single-midrise w4a4-single; do
         cp runs/grid/$name-seed0/model.pt checkpoints/$name.pt
         cp runs/grid/$name-seed0/metrics.json experiments/$name.json
     done
-    $PYTHON experiments/grid.py spoil clamp cost
+    $grid updates side paper spoil clamp cost
+    cp runs/grid/results.json experiments/results.json
 }
 
 scores() {

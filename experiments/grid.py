@@ -1,24 +1,26 @@
 """The experiment: a declared grid of quantized models, a training each, all scored alike -> experiments/results.json.
 
-    python experiments/grid.py tune headline side paper spoil     # all; rows that results.json has are left out
+    python experiments/grid.py tune headline                      # parts; rows that results.json has are left out
     CUDA_VISIBLE_DEVICES=1 python experiments/grid.py headline    # beside it on a second GPU: each takes what is left
 
 tune      three kinds at W4A3: balance of the loss and rates, on a seed that no other part has
 headline  none, double, single, single midrise at W4A3 and W4A4, three seeds, equal updates
-updates   the W4A3 rows of one seed after 1 to 4,000 updates instead
-side      one seed each: blocks, rank, batch 32, bits; models of 10, 20 and 100 DDIM steps
+updates   none and single, both grids, at W4A3, one seed, after 1 to 4,000 updates instead
+side      one seed each: blocks, rank, batch 32, bits, double on a midrise grid; models of 10, 20 and 100 DDIM steps
 paper     the paper's own recipe, and the baseline with zero points that are not searched
 spoil     no training: the float model draws the first k of 50 steps, W4A3 the others; and the other way round
-clamp     no training: the same models with x_0 clamped to [-1, 1] at every step, as many samplers do
+clamp     no training: the float model and W4A3 with x_0 clamped to [-1, 1] at every step, as many samplers do, and not
 cost      no scores: seconds and memory of train.py by batch; wants the GPU alone
 
 Each training is the command that its row names, in runs/grid/NAME; a killed one goes on where it was. Scored are the
-pictures (integer arithmetic, guidance 1, seed 0) of as many noises for all, against the float model's from the same.
+pictures (integer arithmetic in trainings, guidance 1, seed 0) of as many noises for all, against the float model's.
 """
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -47,7 +49,7 @@ RUNS = HERE.parent / "runs" / "grid"
 KINDS = {"none": dict(rotation="none"), "double": dict(rotation="double"), "single": dict(rotation="single"),
          "midrise": dict(rotation="single", grid="midrise")}
 BITS = {"w4a3": dict(wbits=4, abits=3), "w4a4": dict(wbits=4, abits=4)}
-EQUAL = dict(steps=1000, balance=0.5)                # of all but tune and paper; this balance was the best in tune for none
+EQUAL = dict(steps=1000, balance=0.5)                # unless a row says otherwise: tune found nothing better for all
 TUNED = 100                                          # the seed of tune
 PICTURES = 10_000                                    # scored; of another number, -n, is said in a row's name
 PARTS = ("tune", "headline", "updates", "side", "paper", "spoil", "clamp", "cost")
@@ -55,7 +57,7 @@ PAPER_RATES = {"lora": 1 / 2500, "s_w": 1e-6, "s_x": 5e-4, "z_x": 5e-4}
 
 
 def rows_of(part):
-    """The rows of a part: options of train.py; "paper": with the paper's rates, "searched": see rates.py."""
+    """The rows of a part: options of train.py; "paper": with the paper's rates and EfficientDM's search of zero points."""
     w4a3, one = BITS["w4a3"], {**BITS["w4a3"], **EQUAL, "seed": 0}
     if part == "tune":
         tried = [dict(balance=0.0), dict(balance=0.5), dict(balance=1.0), dict(balance=0.5, lr=0.5), dict(balance=0.5, lr=2.0)]
@@ -74,16 +76,15 @@ def rows_of(part):
         bits = [{**one, **KINDS[kind], **change} for change in (dict(abits=2), dict(wbits=3))
                 for kind in ("none", "single", "midrise")]
         times = [{**one, **KINDS[kind], "ddim_steps": n} for n in (10, 20, 100) for kind in ("none", "single")]
-        best = [{**one, **KINDS["midrise"], "steps": 4000, "balance": 1.0}]
+        best = [{**one, **KINDS["midrise"], "steps": 4000, "balance": 1.0}, {**one, **KINDS["double"], "grid": "midrise"}]
         return best + shapes + bits + times
     return [{**w4a3, **KINDS[kind], "seed": 0, "order": "trajectory", "batch": 2, "steps": 16_000,
-             "balance": 0.0, "paper": True,
-             "searched": kind != "none"} for kind in ("none", "double", "single")]
+             "balance": 0.0, "ddim_steps": 100, "paper": True} for kind in ("none", "double", "single")]
 
 
 def options_of(row):
     """A row as options of train.py."""
-    options = {k: v for k, v in row.items() if k not in ("paper", "searched")}
+    options = {k: v for k, v in row.items() if k != "paper"}
     return [word for k, v in options.items() for word in (f"--{k.replace('_', '-')}", str(v))]
 
 
@@ -109,9 +110,10 @@ class Scorer:
     def __init__(self, teacher, n):
         device = next(teacher.parameters()).device
         self.teacher, self.n, self.judge = teacher, n, load_judge(device)
+        self.mark = hashlib.md5((CHECKPOINTS / "teacher.pt").read_bytes()).hexdigest()[:8]
 
     def reference(self, steps):
-        path = RUNS / f"float-{steps}-{self.n}.npy"
+        path = RUNS / f"float-{self.mark}-{steps}-{self.n}.npy"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             pictures, _ = draw(self.teacher, self.n, steps)
@@ -142,12 +144,16 @@ def run_row(row, device, score_of):
     """Train as the row says, unless that was done; draw, score: the row of results.json."""
     name = name_of(row)
     out, rates, untrained = RUNS / name, dict(train.RATES), train.untrained_pictures
+    if device.type != "cuda" and not {"batch", "ddim_steps"} <= row.keys():
+        raise ValueError(f"{name} has a GPU's batch and DDIM steps; on {device.type} train.py has others")
     if not (out / "metrics.json").is_file():
+        if not (out / "last.pt").is_file():          # killed before anything was kept
+            shutil.rmtree(out, ignore_errors=True)
         argv = [*options_of(row), "--out", str(out), "--device", device.type]
         try:
             train.RATES.update(PAPER_RATES if row.get("paper") else {})
             train.untrained_pictures = float_pictures
-            with searched(row.get("searched", True)):
+            with searched(not row.get("paper")):
                 train.main([*argv, *["--resume"] * (out / "last.pt").is_file()])
         finally:
             train.RATES.update(rates)
@@ -158,6 +164,8 @@ def run_row(row, device, score_of):
     steps = len(model.hqdm.timesteps)
     scores = score_of(*draw(model, score_of.n, steps), steps)
     settings = {k: run["settings"][k] for k in ("grid", "block", "rank", "order", "balance", "batch", "ddim_steps")}
+    if row["rotation"] == "none":
+        settings.update(grid="asymmetric", block=1)
     return {"name": name, **settings, **row, **scores, "eps_error_untrained": run["eps_error_untrained"],
             "eps_error": run["eps_error"], "megabytes": sum(r["bytes"] for r in run["layers"]) / 1e6,
             "command": command_of(row)}
@@ -166,20 +174,21 @@ def run_row(row, device, score_of):
 def cost_row(row, device):
     """Row of part cost: wall time of the command, from the bundled teacher to pictures, and the memory that it says."""
     out, began = RUNS / name_of(row) / "cost", time.time()
+    shutil.rmtree(out, ignore_errors=True)
     subprocess.run([sys.executable, str(HERE.parent / "train.py"), *options_of(row), "--out", str(out), "--device",
-                    device.type], check=True, stdout=subprocess.DEVNULL)
+                    str(device)], check=True, stdout=subprocess.DEVNULL)
     return {**row, "seconds": round(time.time() - began, 1), "command": command_of(row),
             "peak_gib": json.loads((out / "metrics.json").read_text())["peak_gib"]}
 
 
-def clamp_row(model, steps, score_of):
-    """Row of part clamp: the scores of a model whose x_0 is kept within [-1, 1] at every step."""
+def clamp_row(model, steps, score_of, clamp):
+    """Row of part clamp: the scores of a model whose x_0 is kept within [-1, 1] at every step, or is not."""
     def clamped(x, eps, a_t, a_s, sigma=0.0):
         x_0 = ((x - (1 - a_t) ** 0.5 * eps) / a_t**0.5).clamp(-1, 1)
         return a_s**0.5 * x_0 + (1 - a_s - sigma**2) ** 0.5 * eps, x_0
     plain = unet.ddim_step
     try:
-        unet.ddim_step = clamped
+        unet.ddim_step = clamped if clamp else plain
         drawn = draw(model, score_of.n, steps)
     finally:
         unet.ddim_step = plain
@@ -233,8 +242,8 @@ def keep(path, row):
 
 def read(path):
     """The rows of results.json, and those that other processes have put beside their runs meanwhile, by name."""
-    rows = json.loads(Path(path).read_text())["rows"] if Path(path).is_file() else []
-    rows += [json.loads(other.read_text()) for other in RUNS.glob("*/row.json")]
+    rows = [json.loads(other.read_text()) for other in RUNS.glob("*/row.json")]
+    rows += json.loads(Path(path).read_text())["rows"] if Path(path).is_file() else []
     rows = {row["name"]: row for row in rows}
     return [rows[name] for name in sorted(rows)]
 
@@ -249,14 +258,15 @@ def main():
     parser.add_argument("--device")
     args = parser.parse_args()
     device, began = pick_device(args.device), time.time()
-    score_of = Scorer(load_model(CHECKPOINTS / "teacher.pt", device), args.n)
+    score_of, there = Scorer(load_model(CHECKPOINTS / "teacher.pt", device), args.n), []
 
     def fill(make, name, part, command=None):
-        name = name if args.n == PICTURES else f"{name}-n{args.n}"
         with taken(name) as mine:                    # else another process is at it
+            name = name if args.n == PICTURES else f"{name}-n{args.n}"
             old = {r["name"]: r for r in read(args.out)}.get(name)
             if old and old.get("command") != command:
                 raise ValueError(f"{args.out} has {name} by `{old.get('command')}`; take it out first, in {RUNS}, too")
+            there.extend([name] if old else [])
             if old or not mine or time.time() - began > args.seconds:
                 return
             row, made = make(), provenance({}, device, 0)
@@ -273,8 +283,9 @@ def main():
             continue
         if part == "clamp":
             for path in (CHECKPOINTS / "teacher.pt", args.checkpoint):
-                make = functools.partial(clamp_row, load_model(path, device), 50, score_of)
-                fill(make, f"{sample_name(path)}-clamped", part)
+                for clamp, word in ((True, "clamped"), (False, "plain")):
+                    make = functools.partial(clamp_row, load_model(path, device), 50, score_of, clamp)
+                    fill(make, f"{sample_name(path)}-{word}", part)
             continue
         if part == "cost":
             for row in rows_of(part):
@@ -285,6 +296,8 @@ def main():
             fill(functools.partial(score_of.float_row, steps), f"float-ddim-steps{steps}", part)
         for row in rows:
             fill(functools.partial(run_row, row, device, score_of), name_of(row), part, command_of(row))
+    write_json(args.out, {"rows": read(args.out)})   # with what others made meanwhile
+    print(f"{len(there)} rows were in {args.out} or {RUNS} already, and were left as they are")
 
 
 if __name__ == "__main__":

@@ -315,13 +315,15 @@ def ddim_step(yours):
              mix=lambda p, e, t, s: s**0.5 * p + (1 - s) ** 0.5 * e):
         return lambda x, eps, t, s: mix(x_0(x, eps, t), eps, t, s)
     cases = []
-    for t, s in ((0.3, 0.5), (0.7, 0.9), (0.9, 1.0)):            # pictures within [-1, 1], at rest or not
-        picture, eps = torch.rand(2, 3, 4, 4) * 2 - 1, torch.randn(2, 3, 4, 4)
+    for t, s in ((0.3, 0.5), (0.7, 0.9), (0.9, 1.0)):
+        picture, eps = 2 * torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)      # what noisy steps believe is no picture yet
         cases.append((t**0.5 * picture + (1 - t) ** 0.5 * eps, eps, t, s))
     compare("ddim_step", yours, lambda x, eps, t, s: unet.ddim_step(x, eps, t, s)[0], cases, {
         "The picture is not divided by sqrt(a_t).": step(lambda x, e, t: x - (1 - t) ** 0.5 * e),
         "The noise that goes back is that of t: at s there is sqrt(1 - a_s) of it.":
             step(mix=lambda p, e, t, s: s**0.5 * p + (1 - t) ** 0.5 * e),
+        "x_0 is kept within [-1, 1]: eq. 12 does not, and clamped noise is grey.":
+            step(lambda x, e, t: ((x - (1 - t) ** 0.5 * e) / t**0.5).clamp(-1, 1)),
         "a_t and a_s are swapped.": lambda x, e, t, s: step()(x, e, s, t) if s < 1 else step()(x, e, t, t),
         "The square roots are missing: abar is a share of the variance.":
             step(lambda x, e, t: (x - (1 - t) * e) / t, lambda p, e, t, s: s * p + (1 - s) * e),

@@ -892,9 +892,11 @@ def test_a_clamped_walk_is_another_one(monkeypatch):
     """Part clamp draws with x_0 within [-1, 1], and gives the plain step back."""
     net, plain, seen = tiny_unet(0), grid.unet.ddim_step, []
     score = type("", (), {"n": 2, "__call__": lambda self, pictures, labels, steps: seen.append(pictures) or {"plain": grid.unet.ddim_step is plain}})()
-    assert grid.clamp_row(net, 4, score) == {"ddim_steps": 4, "plain": True} and grid.unet.ddim_step is plain
+    for clamp in (True, False):
+        assert grid.clamp_row(net, 4, score, clamp) == {"ddim_steps": 4, "plain": True} and grid.unet.ddim_step is plain
     *_, (_, _, _, x_0) = ddim(net, *sample.noise_and_labels(2, 0, 10), steps=4)
-    assert x_0.abs().max() > 1 and not torch.equal(seen[0], sample.to_uint8(x_0))
+    clamped, free = seen
+    assert x_0.abs().max() > 1 and torch.equal(free, sample.to_uint8(x_0)) and not torch.equal(free, clamped)
 
 
 def test_what_a_training_costs(tmp_path, monkeypatch):
