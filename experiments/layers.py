@@ -3,7 +3,7 @@
     python experiments/layers.py                   # a minute on 2 cores
     python experiments/layers.py --floor           # of the bundled W4A3 model: which roundings are left at t > 800
 
-For the input of every low-bit layer at every DDIM step: kurtosis (3 for a normal distribution), max / rms, and the
+For the input of every low-bit layer (one of those that read the time embedding) at every DDIM step: kurtosis (3 for a normal distribution), max / rms, and the
 share of its power that rounding at 3 bits loses, with each rotation and grid, scales calibrated. For every weight: the
 share lost at 4 bits, as it is (none, single) and rotated (double).
 
@@ -77,8 +77,9 @@ def measure(teacher, walks, abits=3, wbits=4):
     low = {name: layer for name, layer in student.named_modules()
            if isinstance(layer, hqdm.HQLayer) and layer.scheme.rotation == "single"}
     twins, rows, t = dict(teacher.named_modules()), [], None
+    alike = [name for name in low if name.endswith(".emb")][1:]              # they all read the time embedding: once
     hooks = [twins[name].register_forward_pre_hook(lambda _, args, name=name, layer=layer: rows.append(
-        {"layer": name, "t": t, **look(layer.channels_last(args[0]), abits)})) for name, layer in low.items()]
+        {"layer": name, "t": t, **look(layer.channels_last(args[0]), abits)})) for name, layer in low.items() if name not in alike]
     for x, times, y, _ in walks:
         t = int(times[0])
         teacher(x, times, y)
@@ -124,7 +125,7 @@ def draw_figure(report, path):
     """Four panels: outliers over layers and over steps, what rounding loses, and the weights."""
     from matplotlib.figure import Figure
     rows, weights = report["activations"], report["weights"]
-    fig = Figure(figsize=(11, 7), layout="constrained")
+    fig = Figure(figsize=(12, 7), layout="constrained")
     axes = fig.subplots(2, 2)
 
     def line(ax, key, along, label, **style):
@@ -138,19 +139,19 @@ def draw_figure(report, path):
         line(axes[0, 1], f"kurtosis {name}", "t", name, color=colour)
     for name, colour in zip(WAYS, ("C1", "C0", "C2")):
         line(axes[1, 0], f"lost {name}", "layer", name, color=colour)
-    axes[0, 1].axhline(3, color="0.5", linestyle=":", label="normal distribution")
+    axes[0, 1].axhline(3, color="0.5", linestyle=":", label="normal\ndistribution")
     for name, colour in (("single", "C0"), ("double", "C3")):
-        label = {"single": "as it is (none, single)", "double": "rotated (double)"}[name]
+        label = {"single": "as it is\n(none, single)", "double": "rotated\n(double)"}[name]
         shares = [r[f"lost {name}"] for r in weights]
         axes[1, 1].plot(range(1, len(weights) + 1), shares, "o", markersize=4, color=colour, label=label)
     for ax, title, xlabel, ylabel in (
-            (axes[0, 0], "outliers: largest value of a layer's input", "layer, in order", "max / rms, median of steps"),
+            (axes[0, 0], "outliers: largest value of a layer's input", "input, in order of layers", "max / rms, median of steps"),
             (axes[0, 1], "outliers along the walk", "t", "kurtosis, median of layers"),
-            (axes[1, 0], "3-bit activations: power lost to rounding", "layer, in order", "share, median of steps"),
+            (axes[1, 0], "3-bit activations: power lost to rounding", "input, in order of layers", "share, median of steps"),
             (axes[1, 1], "4-bit weights: power lost to rounding", "layer, in order", "share")):
         ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     axes[0, 1].invert_xaxis()
     with whole_file(path) as part:
         fig.savefig(part, dpi=110, format="png")

@@ -295,17 +295,16 @@ def layers():
     left = {r["not rounded"]: r["eps_error"] / floor["rows"][0]["eps_error"] for r in floor["rows"]}
     single = {name: share for name, share in left.items() if name != "nothing" and not name.startswith("all")}
     first, second = sorted(single, key=single.get)[:2]
-    time = [r["layer"] for r in report["weights"] if r["layer"].endswith(".emb")][1:]        # they all read one vector
-    rows, weights, s = [r for r in report["activations"] if r["layer"] not in time], report["weights"], report["settings"]
+    rows, weights, s = report["activations"], report["weights"], report["settings"]
+    inputs = len({r["layer"] for r in rows})
 
     def mid(key):
         return median(r[key] for r in rows)
     worse = sum(r["lost double"] > r["lost single"] for r in weights)
     more = sum(r["lost single"] < r["lost none"] for r in rows)
     return (f"![outliers and rounding by layer](layers.png)\n"
-            f"`{report['command']}`, {report['hardware']}: {len(weights)} layers at {s['ddim_steps']} DDIM steps, "
-            f"{s['walks']} pictures, medians of all. {len(time) + 1} of them read the same time embedding (dots in a row): it is counted "
-            f"once.\n\n"
+            f"`{report['command']}`, {report['hardware']}: {len(weights)} layers, {inputs} inputs (the time embedding "
+            f"has many readers) at {s['ddim_steps']} DDIM steps, {s['walks']} pictures, medians of all.\n\n"
             f"- **Outliers.** The largest value of a layer's input is {mid('max/rms x'):.1f} times its rms, after the "
             f"transform {mid('max/rms H x'):.1f}; kurtosis {mid('kurtosis x'):.1f} and {mid('kurtosis H x'):.1f} (3: a "
             f"normal distribution).\n"
