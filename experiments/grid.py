@@ -16,7 +16,6 @@ Each training is the command that its row names, in runs/grid/NAME; a killed one
 pictures (integer arithmetic in trainings, guidance 1, seed 0) of as many noises for all, against the float model's.
 """
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
@@ -43,6 +42,7 @@ from unet import ddim, ddim_timesteps  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 RUNS = HERE.parent / "runs" / "grid"
+TEACHER = CHECKPOINTS / "teacher.pt"
 
 # ---------------------------------------------------------------- what is run
 
@@ -53,6 +53,7 @@ EQUAL = dict(steps=1000, balance=0.5)                # unless a row says otherwi
 TUNED = 100                                          # the seed of tune
 PICTURES = 10_000                                    # scored; of another number, -n, is said in a row's name
 PARTS = ("tune", "headline", "updates", "side", "paper", "spoil", "clamp", "cost")
+SAID = ("c_fid", "c_is", "psnr", "brightness", "contrast", "seconds", "peak_gib")         # of a row, when it is made
 PAPER_RATES = {"lora": 1 / 2500, "s_w": 1e-6, "s_x": 5e-4, "z_x": 5e-4}
 
 
@@ -110,7 +111,7 @@ class Scorer:
     def __init__(self, teacher, n):
         device = next(teacher.parameters()).device
         self.teacher, self.n, self.judge = teacher, n, load_judge(device)
-        self.mark = hashlib.md5((CHECKPOINTS / "teacher.pt").read_bytes()).hexdigest()[:8]
+        self.mark = hashlib.md5(TEACHER.read_bytes()).hexdigest()[:8]
 
     def reference(self, steps):
         path = RUNS / f"float-{self.mark}-{steps}-{self.n}.npy"
@@ -131,7 +132,7 @@ class Scorer:
 
     def float_row(self, steps):
         pictures, (_, labels) = self.reference(steps), noise_and_labels(self.n, 0, self.teacher.classes)
-        return {"name": f"float-ddim-steps{steps}", "wbits": 32, "abits": 32, "rotation": "none", "ddim_steps": steps,
+        return {"wbits": 32, "abits": 32, "rotation": "none", "ddim_steps": steps,
                 **self(pictures, labels, steps)}
 
 
@@ -166,7 +167,7 @@ def run_row(row, device, score_of):
     settings = {k: run["settings"][k] for k in ("grid", "block", "rank", "order", "balance", "batch", "ddim_steps")}
     if row["rotation"] == "none":
         settings.update(grid="asymmetric", block=1)
-    return {"name": name, **settings, **row, **scores, "eps_error_untrained": run["eps_error_untrained"],
+    return {**settings, **row, **scores, "eps_error_untrained": run["eps_error_untrained"],
             "eps_error": run["eps_error"], "megabytes": sum(r["bytes"] for r in run["layers"]) / 1e6,
             "command": command_of(row)}
 
@@ -211,11 +212,30 @@ def draw_in_turns(first, then, k, n, steps, batch=500):
     return torch.cat(pictures), labels
 
 
-def spoil_row(name, model, k, float_first, score_of):
+def spoil_row(model, k, float_first, score_of):
     """Row of part spoil: one network for the first k steps of the quantized model, the other one for the rest."""
     pair, steps = (score_of.teacher, model) if float_first else (model, score_of.teacher), len(model.hqdm.timesteps)
-    return {"name": name, "float_first": float_first, "k": k, "ddim_steps": steps,
+    return {"float_first": float_first, "k": k, "ddim_steps": steps,
             **score_of(*draw_in_turns(*pair, k, score_of.n, steps), steps)}
+
+
+def jobs(part, checkpoint, device, score_of):
+    """(name, function that makes it, command) of each row of a part, the float model's first; call one before the next."""
+    if part == "spoil":
+        model, who = load_model(checkpoint, device, kind=("quantized",)), sample_name(checkpoint)
+        for k, float_first in itertools.product((5, 10, 20, 30, 40, 45), (True, False)):
+            yield f"{who}-{'float' if float_first else 'quantized'}-for-{k}", lambda: spoil_row(model, k, float_first, score_of), None
+    elif part == "clamp":
+        for path, (clamp, word) in itertools.product((TEACHER, checkpoint), ((True, "clamped"), (False, "plain"))):
+            yield f"{sample_name(path)}-{word}", lambda: clamp_row(load_model(path, device), 50, score_of, clamp), None
+    elif part == "cost":
+        for row in rows_of(part):
+            yield f"cost-batch{row['batch']}", lambda: cost_row(row, device), command_of(row)
+    else:
+        for steps in sorted({row.get("ddim_steps", 50) for row in rows_of(part)}):
+            yield f"float-ddim-steps{steps}", lambda: score_of.float_row(steps), None
+        for row in rows_of(part):
+            yield name_of(row), lambda: run_row(row, device, score_of), command_of(row)
 
 
 # ---------------------------------------------------------------- the file
@@ -257,47 +277,24 @@ def main():
     parser.add_argument("--out", default=str(HERE / "results.json"))
     parser.add_argument("--device")
     args = parser.parse_args()
-    device, began = pick_device(args.device), time.time()
-    score_of, there = Scorer(load_model(CHECKPOINTS / "teacher.pt", device), args.n), []
-
-    def fill(make, name, part, command=None):
-        with taken(name) as mine:                    # else another process is at it
-            name = name if args.n == PICTURES else f"{name}-n{args.n}"
-            old = {r["name"]: r for r in read(args.out)}.get(name)
-            if old and old.get("command") != command:
-                raise ValueError(f"{args.out} has {name} by `{old.get('command')}`; take it out first, in {RUNS}, too")
-            there.extend([name] if old else [])
-            if old or not mine or time.time() - began > args.seconds:
-                return
-            row, made = make(), provenance({}, device, 0)
-            keep(args.out, {**row, "name": name, "part": part, **{k: made[k] for k in ("hardware", "torch", "date")}})
-        said = {key: round(row[key], 3) for key in ("c_fid", "c_is", "psnr", "brightness", "contrast", "seconds", "peak_gib") if row.get(key)}
-        print(f"{time.time() - began:.0f} s: {name}: {said}", flush=True)
-
+    device, began, there = pick_device(args.device), time.time(), 0
+    score_of = Scorer(load_model(TEACHER, device), args.n)
     for part in args.parts:
-        if part == "spoil":
-            model = load_model(args.checkpoint, device, kind=("quantized",))
-            for k, float_first in itertools.product((5, 10, 20, 30, 40, 45), (True, False)):
-                name = f"{sample_name(args.checkpoint)}-{'float' if float_first else 'quantized'}-for-{k}"
-                fill(functools.partial(spoil_row, name, model, k, float_first, score_of), name, part)
-            continue
-        if part == "clamp":
-            for path in (CHECKPOINTS / "teacher.pt", args.checkpoint):
-                for clamp, word in ((True, "clamped"), (False, "plain")):
-                    make = functools.partial(clamp_row, load_model(path, device), 50, score_of, clamp)
-                    fill(make, f"{sample_name(path)}-{word}", part)
-            continue
-        if part == "cost":
-            for row in rows_of(part):
-                fill(functools.partial(cost_row, row, device), f"cost-batch{row['batch']}", part, command_of(row))
-            continue
-        rows = rows_of(part)
-        for steps in sorted({row.get("ddim_steps", 50) for row in rows}):
-            fill(functools.partial(score_of.float_row, steps), f"float-ddim-steps{steps}", part)
-        for row in rows:
-            fill(functools.partial(run_row, row, device, score_of), name_of(row), part, command_of(row))
+        for name, make, command in jobs(part, args.checkpoint, device, score_of):
+            with taken(name) as mine:                # else another process is at it
+                name = name if args.n == PICTURES else f"{name}-n{args.n}"
+                old = {r["name"]: r for r in read(args.out)}.get(name)
+                if old and old.get("command") != command:
+                    raise ValueError(f"{args.out} has {name} by `{old.get('command')}`; take it out first, in {RUNS}, too")
+                there += bool(old)
+                if old or not mine or time.time() - began > args.seconds:
+                    continue
+                row, made = make(), provenance({}, device, 0)
+                row = {"name": name, "part": part, **row, **{k: made[k] for k in ("hardware", "torch", "date")}}
+                keep(args.out, row)
+            print(f"{time.time() - began:.0f} s: {name}: {({k: round(row[k], 3) for k in SAID if row.get(k)})}", flush=True)
     write_json(args.out, {"rows": read(args.out)})   # with what others made meanwhile
-    print(f"{len(there)} rows were in {args.out} or {RUNS} already, and were left as they are")
+    print(f"{there} rows were in {args.out} or {RUNS} already, and were left as they are")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -855,8 +856,8 @@ def test_the_grid_is_run_scored_and_gone_on_with(small, teacher_file, tmp_path, 
     monkeypatch.setattr(grid, "rows_of", lambda part: rows)
     monkeypatch.setattr(grid, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(grid, "PICTURES", 4)
-    for module in (grid, train):
-        monkeypatch.setattr(module, "CHECKPOINTS", teacher_file.parent)
+    monkeypatch.setattr(train, "CHECKPOINTS", teacher_file.parent)
+    monkeypatch.setattr(grid, "TEACHER", teacher_file)
     lora = []
     monkeypatch.setattr(train, "parameter_groups", lambda *args: lora.append(train.RATES["lora"]) or PARAMETER_GROUPS(*args))
     def run(*more, n="4"):
@@ -897,6 +898,17 @@ def test_a_clamped_walk_is_another_one(monkeypatch):
     *_, (_, _, _, x_0) = ddim(net, *sample.noise_and_labels(2, 0, 10), steps=4)
     clamped, free = seen
     assert x_0.abs().max() > 1 and torch.equal(free, sample.to_uint8(x_0)) and not torch.equal(free, clamped)
+
+
+def test_who_draws_which_steps_in_spoil(finished, monkeypatch):
+    """Part spoil, by name: float or quantized for the first k steps, then the other one."""
+    monkeypatch.setattr(grid, "draw_in_turns", lambda first, then, k, n, steps: ((hasattr(first, "hqdm"), hasattr(then, "hqdm"), k), steps))
+    score = type("", (), {"n": 2, "teacher": tiny_unet(), "__call__": lambda self, drawn, _, steps: {"drawn": drawn}})()
+    rows = {name: make() for name, make, _ in grid.jobs("spoil", finished / "model.pt", torch.device("cpu"), score)}
+    assert len(rows) == 12
+    for name, row in rows.items():
+        who, k = re.fullmatch(r".*-(float|quantized)-for-(\d+)", name).groups()
+        assert row["drawn"] == (who == "quantized", who == "float", int(k)) and row["float_first"] == (who == "float")
 
 
 def test_what_a_training_costs(tmp_path, monkeypatch):
