@@ -53,6 +53,7 @@ EQUAL = dict(steps=1000, balance=0.5)                # unless a row says otherwi
 TUNED = 100                                          # the seed of tune
 PICTURES = 10_000                                    # scored; of another number, -n, is said in a row's name
 PARTS = ("tune", "headline", "updates", "side", "paper", "spoil", "clamp", "cost")
+TRAININGS = ("tune", "headline", "updates", "side", "paper", "cost")
 SAID = ("c_fid", "c_is", "psnr", "brightness", "contrast", "seconds", "peak_gib")         # of a row, when it is made
 PAPER_RATES = {"lora": 1 / 2500, "s_w": 1e-6, "s_x": 5e-4, "z_x": 5e-4}
 
@@ -145,8 +146,6 @@ def run_row(row, device, score_of):
     """Train as the row says, unless that was done; draw, score: the row of results.json."""
     name = name_of(row)
     out, rates, untrained = RUNS / name, dict(train.RATES), train.untrained_pictures
-    if device.type != "cuda" and not {"batch", "ddim_steps"} <= row.keys():
-        raise ValueError(f"{name} has a GPU's batch and DDIM steps; on {device.type} train.py has others")
     if not (out / "metrics.json").is_file():
         if not (out / "last.pt").is_file():          # killed before anything was kept
             shutil.rmtree(out, ignore_errors=True)
@@ -289,6 +288,8 @@ def main():
                 there += bool(old)
                 if old or not mine or time.time() - began > args.seconds:
                     continue
+                if part in TRAININGS and device.type != "cuda":
+                    raise ValueError(f"{name}: on {device.type} train.py has other batches and DDIM steps; part {part} wants a GPU")
                 row, made = make(), provenance({}, device, 0)
                 row = {"name": name, "part": part, **row, **{k: made[k] for k in ("hardware", "torch", "date")}}
                 keep(args.out, row)

@@ -864,6 +864,9 @@ def test_the_grid_is_run_scored_and_gone_on_with(small, teacher_file, tmp_path, 
         monkeypatch.setattr(sys, "argv", ["grid.py", "headline", "-n", n, "--device", "cpu", "--out", str(tmp_path / "r.json"), *more])
         grid.main()
         return {r["name"]: r for r in json.loads((tmp_path / "r.json").read_text())["rows"]}
+    with pytest.raises(ValueError, match="part headline wants a GPU"):
+        run()
+    monkeypatch.setattr(grid, "TRAININGS", ())       # these rows name batch and steps
     with grid.taken(grid.name_of(row)) as mine:      # another process is at the first row
         assert mine and list(run()) == ["float-ddim-steps3", grid.name_of(rows[1])]
     made = run()
