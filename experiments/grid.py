@@ -106,6 +106,18 @@ def name_of(row):
 
 # ---------------------------------------------------------------- running and scoring
 
+def fine(mine, theirs, periods=8):
+    """(power, error) of pictures at the scales of `periods` waves a side and more, as shares of the power of `theirs`.
+
+    Power under 1 is blur, over 1 grain; error is what lies elsewhere or is missing.
+    """
+    waves = torch.fft.fftfreq(mine.shape[-1]) * mine.shape[-1]
+    small = (waves[:, None].square() + waves.square()).sqrt() >= periods
+    mine, theirs = (torch.fft.fft2(v.float())[..., small] for v in (mine, theirs))
+    power, error = (float(v.abs().square().sum() / theirs.abs().square().sum()) for v in (mine, mine - theirs))
+    return power, error
+
+
 class Scorer:
     """Scores of n pictures of a model; the float model's, from the same noise, are drawn once and kept in runs/grid."""
 
@@ -124,10 +136,12 @@ class Scorer:
         return torch.from_numpy(np.load(path))
 
     def __call__(self, pictures, labels, steps):
-        """The dict of sample.score, and: psnr; brightness, grey levels above the float model's; contrast, times its."""
+        """The dict of sample.score, and: psnr; brightness, grey levels above the float model's; contrast, times its; fine."""
         reference = self.reference(steps)
+        power, error = fine(pictures, reference)
         mine, theirs = pictures.double(), reference.double()
         return {"n": self.n, **score(pictures, labels, self.judge), "psnr": psnr(pictures, reference),
+                "fine_power": power, "fine_error": error,
                 "brightness": float(mine.mean() - theirs.mean()),
                 "contrast": float(mine.std(dim=(1, 2, 3)).mean() / theirs.std(dim=(1, 2, 3)).mean())}
 

@@ -160,7 +160,8 @@ def clamped(rows):
     return (f"**Most of what moved brightness and contrast** was the sampler: many keep x_0 within [-1, 1] at every step. Near "
             f"t = 999 an error of eps is many times as large in x_0, as noise around the right picture, and clamped noise is grey. "
             f"The bundled W4A3 model, single on the mid-rise grid: clamped {said.format(**student)}; as eq. 12 of DDIM has it "
-            f"{said.format(**plain)}. The float model hardly notices: clamped and not, its pictures are {teacher['psnr']:.0f} dB "
+            f"{said.format(**plain)}. What is left is neither blur nor grain: of the float pictures' power at 8 waves a side and more "
+            f"these have {plain['fine_power']:.2f}, and the difference has {plain['fine_error']:.0%}. The float model hardly notices: clamped and not, its pictures are {teacher['psnr']:.0f} dB "
             f"apart ({teacher['n']:,} pictures, on {teacher['hardware']}, `python experiments/grid.py clamp -n {teacher['n']}`).\n")
 
 

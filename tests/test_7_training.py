@@ -892,6 +892,15 @@ def test_the_grid_is_run_scored_and_gone_on_with(small, teacher_file, tmp_path, 
         run()
 
 
+def test_fine_detail_lost_moved_and_added():
+    """Two waves by hand: the coarse one does not count; the fine one halved is a quarter of its power, shifted twice it."""
+    at = torch.arange(32) * 2 * math.pi / 32
+    def picture(strength, shift=0.0):
+        return (10 * (2 * at).cos() + strength * (12 * at + shift).cos()).expand(1, 3, 32, 32)
+    for other, power, error in ((picture(1), 1, 0), (picture(0.5), 0.25, 0.25), (picture(1, math.pi / 2), 1, 2), (picture(2), 4, 1)):
+        assert_close(grid.fine(other, picture(1)), (float(power), float(error)), rtol=1e-3, atol=1e-5)
+
+
 def test_a_clamped_walk_is_another_one(monkeypatch):
     """Part clamp draws with x_0 within [-1, 1], and gives the plain step back."""
     net, plain, seen = tiny_unet(0), grid.unet.ddim_step, []
