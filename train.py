@@ -341,7 +341,8 @@ def step_weights(errors, balance):
 
 @torch.no_grad()
 def eps_errors(net, walks):
-    """[mean (eps_student - eps_teacher)^2 at each DDIM step of `trajectories`], on noises that a student never saw.
+    """[mean (eps_student - eps_teacher)^2 at each DDIM step of `trajectories`], on noises that no update saw;
+    the untrained student's set the loss's weights, though.
 
     Their mean, the eps error, is the printed measure. Most of it is the last step's: at t = 0 there is hardly any noise
     left to predict, so that even a good student is far off, and the picture hardly notices (x_0 is off by 1 % of it).

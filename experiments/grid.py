@@ -118,16 +118,20 @@ def fine(mine, theirs, periods=8):
     return power, error
 
 
+def md5(path):
+    """The first digits of a file's MD5: which model was it?"""
+    return hashlib.md5(Path(path).read_bytes()).hexdigest()[:8]
+
+
 class Scorer:
     """Scores of n pictures of a model; the float model's, from the same noise, are drawn once and kept in runs/grid."""
 
     def __init__(self, teacher, n):
         device = next(teacher.parameters()).device
         self.teacher, self.n, self.judge = teacher, n, load_judge(device)
-        self.mark = hashlib.md5(TEACHER.read_bytes()).hexdigest()[:8]
 
     def reference(self, steps):
-        path = RUNS / f"float-{self.mark}-{steps}-{self.n}.npy"
+        path = RUNS / f"float-{md5(TEACHER)}-{steps}-{self.n}.npy"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             pictures, _ = draw(self.teacher, self.n, steps)
@@ -181,8 +185,7 @@ def run_row(row, device, score_of):
     if row["rotation"] == "none":
         settings.update(grid="asymmetric", block=1)
     return {**settings, **row, **scores, "eps_error_untrained": run["eps_error_untrained"],
-            "eps_error": run["eps_error"], "megabytes": sum(r["bytes"] for r in run["layers"]) / 1e6,
-            "command": command_of(row)}
+            "eps_error": run["eps_error"], "megabytes": sum(r["bytes"] for r in run["layers"]) / 1e6}
 
 
 def cost_row(row, device):
@@ -191,7 +194,7 @@ def cost_row(row, device):
     shutil.rmtree(out, ignore_errors=True)
     subprocess.run([sys.executable, str(HERE.parent / "train.py"), *options_of(row), "--out", str(out), "--device",
                     str(device)], check=True, stdout=subprocess.DEVNULL)
-    return {**row, "seconds": round(time.time() - began, 1), "command": command_of(row),
+    return {**row, "seconds": round(time.time() - began, 1),
             "peak_gib": json.loads((out / "metrics.json").read_text())["peak_gib"]}
 
 
@@ -233,20 +236,26 @@ def spoil_row(model, k, float_first, score_of):
 
 
 def jobs(part, checkpoint, device, score_of):
-    """(name, function that makes it, command) of each row of a part, the float model's first; call one before the next."""
+    """(name, function that makes it, what it is of) of each row of a part; call one before the next is asked for.
+
+    What it is of: the training's command, or file and MD5 of a model that is there.
+    """
+    def of(path):
+        return f"{sample_name(path)}.pt, md5 {md5(path)}"
     if part == "spoil":
         model, who = load_model(checkpoint, device, kind=("quantized",)), sample_name(checkpoint)
         for k, float_first in itertools.product((5, 10, 20, 30, 40, 45), (True, False)):
-            yield f"{who}-{'float' if float_first else 'quantized'}-for-{k}", lambda: spoil_row(model, k, float_first, score_of), None
+            name = f"{who}-{'float' if float_first else 'quantized'}-for-{k}"
+            yield name, lambda: spoil_row(model, k, float_first, score_of), of(checkpoint)
     elif part == "clamp":
         for path, (clamp, word) in itertools.product((TEACHER, checkpoint), ((True, "clamped"), (False, "plain"))):
-            yield f"{sample_name(path)}-{word}", lambda: clamp_row(load_model(path, device), 50, score_of, clamp), None
+            yield f"{sample_name(path)}-{word}", lambda: clamp_row(load_model(path, device), 50, score_of, clamp), of(path)
     elif part == "cost":
         for row in rows_of(part):
             yield f"cost-batch{row['batch']}", lambda: cost_row(row, device), command_of(row)
     else:
         for steps in sorted({row.get("ddim_steps", 50) for row in rows_of(part)}):
-            yield f"float-ddim-steps{steps}", lambda: score_of.float_row(steps), None
+            yield f"float-ddim-steps{steps}", lambda: score_of.float_row(steps), of(TEACHER)
         for row in rows_of(part):
             yield name_of(row), lambda: run_row(row, device, score_of), command_of(row)
 
@@ -298,14 +307,14 @@ def main():
                 name = name if args.n == PICTURES else f"{name}-n{args.n}"
                 old = {r["name"]: r for r in read(args.out)}.get(name)
                 if old and old.get("command") != command:
-                    raise ValueError(f"{args.out} has {name} by `{old.get('command')}`; take it out first, in {RUNS}, too")
+                    raise ValueError(f"{args.out} has {name} of `{old.get('command')}`; take it out first, in {RUNS}, too")
                 there += bool(old)
                 if old or not mine or time.time() - began > args.seconds:
                     continue
                 if part in TRAININGS and device.type != "cuda":
                     raise ValueError(f"{name}: on {device.type} train.py has other batches and DDIM steps; part {part} wants a GPU")
                 row, made = make(), provenance({}, device, 0)
-                row = {"name": name, "part": part, **row, **{k: made[k] for k in ("hardware", "torch", "date")}}
+                row = {"name": name, "part": part, "command": command, **row, **{k: made[k] for k in ("hardware", "torch", "date")}}
                 keep(args.out, row)
             print(f"{time.time() - began:.0f} s: {name}: {({k: round(row[k], 3) for k in SAID if row.get(k)})}", flush=True)
     write_json(args.out, {"rows": read(args.out)})   # with what others made meanwhile

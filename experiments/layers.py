@@ -3,9 +3,9 @@
     python experiments/layers.py                   # a minute on 2 cores
     python experiments/layers.py --floor           # of the bundled W4A3 model: which roundings are left at t > 800
 
-For the input of every low-bit layer (one of those that read the time embedding) at every DDIM step: kurtosis (3 for a normal distribution), max / rms, and the
-share of its power that rounding at 3 bits loses, with each rotation and grid, scales calibrated. For every weight: the
-share lost at 4 bits, as it is (none, single) and rotated (double).
+For the input of every low-bit layer (of those that read the time embedding, one) at every DDIM step: kurtosis (3 for a
+normal distribution), max / rms, and the share of its power that rounding at 3 bits loses, with each rotation and grid,
+scales calibrated. For every weight: the share lost at 4 bits, as it is (none, single) and rotated (double).
 
 --floor -> floor.json: the eps error where next to everything is noise, with the rounding of one layer's activations
 switched off at a time, of all at 8 bits, of all at 3, of all.

@@ -84,7 +84,8 @@ def finding(rows):
 
     def times(name):
         return f"{mean(r['c_fid'] for r in found[3, name]) / top['c_fid']:.1f}"
-    if min(lower(3, "single", "none") + lower(3, "midrise", "single") + lower(3, "double", "single") + lower(4, "double", "single")) <= 0:
+    said = ((3, "single", "none"), (3, "midrise", "single"), (4, "single", "none"), (3, "double", "single"), (4, "double", "single"))
+    if min(gain for pair in said for gain in lower(*pair)) <= 0:
         raise ValueError("what is said of the headline rows holds no more: write it anew")
     return (f"At W4A3 single beats none in every seed, by {spread(lower(3, 'single', 'none'))} in C-FID, and mid-rise beats single by "
             f"{spread(lower(3, 'midrise', 'single'))}. At W4A4 single's lead over none is {spread(lower(4, 'single', 'none'))}. Double is ahead "
@@ -138,9 +139,9 @@ def tune(rows):
         cells = [f"{made[k]['c_fid']:.1f} / {made[k]['c_is']:.2f} / {made[k]['psnr']:.1f}" for k in kinds]
         lines.append(f"| {balance:g} | x {lr:g} | {' | '.join(cells)} |")
     top = float_row(rows, found[0]["n"])
-    return "\n".join([*lines, f"\nC-FID / C-IS / PSNR in dB of {found[0]['n']:,} pictures at W4A3, {found[0]['steps']:,} updates, seed {found[0]['seed']} (float: "
-                              f"{top['c_fid']:.1f} / {top['c_is']:.2f}), on {found[0]['hardware']} (`python experiments/grid.py "
-                              f"tune -n {found[0]['n']}`).\n"])
+    note = (f"\nC-FID / C-IS / PSNR in dB of {found[0]['n']:,} pictures at W4A3, {found[0]['steps']:,} updates, seed {found[0]['seed']} "
+            f"(float: {top['c_fid']:.1f} / {top['c_is']:.2f}), on {found[0]['hardware']} (`python experiments/grid.py tune -n {found[0]['n']}`).\n")
+    return "\n".join([*lines, note])
 
 
 def side(rows):
@@ -154,15 +155,16 @@ def side(rows):
 
 def clamped(rows):
     """Text: what a clamp of x_0 at every step does to the float model and to the bundled W4A3 one."""
-    made = {r["name"].split("-n")[0]: r for r in of_part(rows, "clamp")}
+    made = {r["name"].removesuffix(f"-n{r['n']}"): r for r in of_part(rows, "clamp")}
     teacher, student, plain = (made[name] for name in ("teacher-clamped", "w4a3-single-midrise-clamped", "w4a3-single-midrise-plain"))
     said = "PSNR {psnr:.1f} dB, {brightness:+.1f} grey levels, contrast {contrast:.3f}"
     return (f"**Most of what moved brightness and contrast** was the sampler: many keep x_0 within [-1, 1] at every step. Near "
             f"t = 999 an error of eps is many times as large in x_0, as noise around the right picture, and clamped noise is grey. "
             f"The bundled W4A3 model, single on the mid-rise grid: clamped {said.format(**student)}; as eq. 12 of DDIM has it "
             f"{said.format(**plain)}. What is left is neither blur nor grain: of the float pictures' power at 8 waves a side and more "
-            f"these have {plain['fine_power']:.2f}, and the difference has {plain['fine_error']:.0%}. The float model hardly notices: clamped and not, its pictures are {teacher['psnr']:.0f} dB "
-            f"apart ({teacher['n']:,} pictures, on {teacher['hardware']}, `python experiments/grid.py clamp -n {teacher['n']}`).\n")
+            f"these have {plain['fine_power']:.2f}, and the difference has {plain['fine_error']:.0%}. The float "
+            f"model hardly notices: clamped and not, its pictures are {teacher['psnr']:.0f} dB apart ("
+            f"{teacher['n']:,} pictures, on {teacher['hardware']}, `python experiments/grid.py clamp -n {teacher['n']}`).\n")
 
 
 def costs(rows):
@@ -189,7 +191,8 @@ SCORES = (("c_fid", "C-FID (lower is better)"), ("c_is", "C-IS (higher is better
 def draw_updates(rows, path):
     """C-FID, C-IS and PSNR against updates of W4A3; float dashed."""
     found = of_part(rows, "updates")
-    found += [r for r in of_part(rows, "headline") if (r["abits"], r["seed"]) == (3, found[0]["seed"])]
+    kinds, seed = {kind(r) for r in found}, found[0]["seed"]
+    found += [r for r in of_part(rows, "headline") if (r["abits"], r["seed"]) == (3, seed) and kind(r) in kinds]
     top = float_row(rows, found[0]["n"])
 
     def draw(ax, i):
@@ -211,7 +214,7 @@ def draw_updates(rows, path):
 
 def draw_spoil(rows, path):
     """C-FID and PSNR where one network does the first k steps and the other one the rest."""
-    found = [r for r in rows if r["part"] == "spoil"]
+    found = of_part(rows, "spoil")
 
     def draw(ax, i):
         key, title = (SCORES[0], SCORES[2])[i]

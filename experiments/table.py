@@ -52,8 +52,9 @@ def headline():
 def experiment():
     """Markdown: all rows of the experiment's main part, and what real images get; goals; the clamp; what was tuned."""
     rows, real = results.read(), read("real.json")["rows"]["test images"]
-    return (f"{results.headline(rows)}\n± is one standard deviation of the seeds; \"apart\" means that two such intervals do not touch. {real['n']:,} real test images get C-FID {real['c_fid']:.1f}, C-IS {real['c_is']:.2f} and "
-            f"class accuracy {real['accuracy']:.1%} (`real.json`).\n\n**Goals, met and missed:**\n\n{results.goals(rows)}\n"
+    return (f"{results.headline(rows)}\n± is one standard deviation of the seeds; \"apart\" means that two such intervals do "
+            f"not touch. {real['n']:,} real test images get C-FID {real['c_fid']:.1f}, C-IS {real['c_is']:.2f} "
+            f"and class accuracy {real['accuracy']:.1%} (`real.json`).\n\n**Goals, met and missed:**\n\n{results.goals(rows)}\n"
             f"{results.clamped(rows)}\n"
             f"**Tried** with three kinds at W4A3; of settings that the spread of "
             f"seeds hardly tells apart, one for all was taken, balance 0.5 and rates x 1:\n\n{results.tune(rows)}")
@@ -153,8 +154,8 @@ def teacher():
     names["plain"] = (f"batch {first['batch']}, rate {first['lr']:g}, {first['shape']} decay, "
                       f"dropout {first['dropout']}")
     tried = "; ".join(f"{names[name]}: {r['c_fid']:.1f} / {r['c_is']:.2f}" for name, r in rows.items())
-    return (f"**The teacher**, scores by the earlier code, 5,000 pictures each: {long_run('teacher')}. Its half-precision file has C-FID {half['c_fid']:.2f} and C-IS "
-            f"{half['c_is']:.3f} (float32: {whole['c_fid']:.2f}, {whole['c_is']:.3f}); with "
+    return (f"**The teacher**, scores by the earlier code, 5,000 pictures each: {long_run('teacher')}. Its half-precision "
+            f"file has C-FID {half['c_fid']:.2f} and C-IS {half['c_is']:.3f} (float32: {whole['c_fid']:.2f}, {whole['c_is']:.3f}); with "
             f"{fine['settings']['steps']} DDIM steps instead of {coarse['settings']['steps']}, {slow['c_fid']:.2f} and "
             f"{slow['c_is']:.3f}. A run before it, not bundled: {long_run('teacher-plain')}. Both had their lowest "
             f"C-FID well before the end; why it rises is not settled. They know their images by heart a little: the "

@@ -512,7 +512,7 @@ class Run:
             **more, "curve": self.curve, "updates_per_loss": each, "losses": kept if each > 1 else self.losses})
         size = os.path.getsize(self.out / "model.pt") / 1e6
         print(f"wrote {self.out}/model.pt ({size:.2f} MB), metrics.json, loss.png, samples.png; {self.seconds():.0f} s"
-              f"{f', at most {peak:.1f} GiB of GPU memory' if peak else ''}", flush=True)
+              f"{f', at most {peak:.1f} GiB of tensors' if peak else ''}", flush=True)
 
 
 def check_optimizer(optimizer):
@@ -639,7 +639,8 @@ def provenance(settings, device, seconds, argv=None):
 
     def from_here(v):
         return relative(v) if isinstance(v, (str, Path)) and os.path.isabs(v) else v
-    plain, words = {k: from_here(v) for k, v in settings.items()}, [from_here(w) for w in argv or sys.argv[1:]]
+    plain, words = {k: from_here(v) for k, v in settings.items()}, sys.argv[1:] if argv is None else argv
+    words = [from_here(w) for w in words]
     command = f"main({words})" if argv is not None else " ".join([launcher, relative(sys.argv[0]), *words])
     return {"command": command, "settings": plain,
             "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else threads,
