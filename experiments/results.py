@@ -170,7 +170,7 @@ def clamped(rows):
 def costs(rows):
     """Text: what W4A3 single takes from the bundled teacher on, by batch."""
     made = sorted((r for r in rows if r["part"] == "cost"), key=lambda r: -r["batch"])
-    said = ", ".join(f"{r['seconds']:.0f} s and {r['peak_gib']:.1f} GiB of tensors at batch {r['batch']}" for r in made)
+    said = ", ".join(f"{r['seconds']:.0f} s and {r['peak_gib']:.1f} GiB at batch {r['batch']}" for r in made)
     return f"{said} (one {made[0]['hardware']}).\n"
 
 

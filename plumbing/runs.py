@@ -506,13 +506,13 @@ class Run:
         """metrics.json. A long run's losses are kept as at most 1,000 means, each of so many updates."""
         each = math.ceil(len(self.losses) / 1000)
         kept = [round(float(np.mean(self.losses[i:i + each])), 6) for i in range(0, len(self.losses), each)]
-        peak = round(torch.cuda.max_memory_allocated(device) / 2**30, 2) if device.type == "cuda" else None
+        peak = round(torch.cuda.max_memory_reserved(device) / 2**30, 2) if device.type == "cuda" else None
         write_json(self.out / "metrics.json", {
             **provenance(self.settings, device, self.seconds(), self.argv), "processes": world()[1], "peak_gib": peak,
             **more, "curve": self.curve, "updates_per_loss": each, "losses": kept if each > 1 else self.losses})
         size = os.path.getsize(self.out / "model.pt") / 1e6
         print(f"wrote {self.out}/model.pt ({size:.2f} MB), metrics.json, loss.png, samples.png; {self.seconds():.0f} s"
-              f"{f', at most {peak:.1f} GiB of tensors' if peak else ''}", flush=True)
+              f"{f', at most {peak:.1f} GiB' if peak else ''}", flush=True)
 
 
 def check_optimizer(optimizer):

@@ -150,7 +150,7 @@ def test_means_deviations_and_goals_of_the_experiment():
     assert results.headline(made, {(3, "single")}).count("| W4A3 ") == 1
     cost = [{**made[4], "part": "cost", "batch": batch, "seconds": s, "peak_gib": gib} for batch, s, gib in ((32, 90, 2.0), (128, 150, 6.25))]
     assert results.costs([*made, *cost]) == (
-        "150 s and 6.2 GiB of tensors at batch 128, 90 s and 2.0 GiB of tensors at batch 32 (one x).\n")
+        "150 s and 6.2 GiB at batch 128, 90 s and 2.0 GiB at batch 32 (one x).\n")
 
 
 def test_what_the_pages_say_of_the_results():
