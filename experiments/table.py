@@ -9,7 +9,6 @@ NAME.json                                         metrics.json of the run that m
 teacher-curve.json                                what the teacher's EMA drew on the way
 teacher-plain.json, teacher-plain-curve.json      the same of a run without dropout
 mutants-*.json                                    tests/mutants.py wrote them; the reasons are by hand
-curve                                             runs from a stored pool; its program is in the history
 bench, exact-cpu, exact-cuda, floor, layers, options, overfit, overfit-dropout, rates, real, spacing, steps
                                                   what bench.py, exact.py .. measured
 """
@@ -50,14 +49,15 @@ def headline():
 
 
 def experiment():
-    """Markdown: all rows of the experiment's main part, and what real images get; goals; the clamp; what was tuned."""
+    """Markdown: all rows of the experiment's main part, and what real images get; goals; the clamp; what was tuned; one change at a time."""
     rows, real = results.read(), read("real.json")["rows"]["test images"]
     return (f"{results.headline(rows)}\n± is one standard deviation of the seeds; \"apart\" means that two such intervals do "
             f"not touch. {real['n']:,} real test images get C-FID {real['c_fid']:.1f}, C-IS {real['c_is']:.2f} "
             f"and class accuracy {real['accuracy']:.1%} (`real.json`).\n\n**Goals, met and missed:**\n\n{results.goals(rows)}\n"
             f"{results.clamped(rows)}\n"
             f"**Tried** with three kinds at W4A3; of settings that the spread of "
-            f"seeds hardly tells apart, one for all was taken, balance 0.5 and rates x 1:\n\n{results.tune(rows)}")
+            f"seeds hardly tells apart, one for all was taken, balance 0.5 and rates x 1:\n\n{results.tune(rows)}\n**One change at a time**, W4A3:\n\n{results.side(rows)}\n"
+            f"{results.paper(rows)}\n{results.updates(rows)}\n{results.spoiled(rows)}")
 
 
 def files():
@@ -168,28 +168,17 @@ def teacher():
 
 
 def findings():
-    """Markdown: what the transform is worth, from the JSON of curve, scores, spacing and rates; missed goals."""
-    curve, rates, spacing = (read(f"{name}.json") for name in ("curve", "rates", "spacing"))
-    # "pool" was a mixed order, too: batches from a fixed set of the teacher's walks.
-    run = {(r["rotation"], r["order"].replace("pool", "mixed"), r["steps"]): r for r in curve["rows"]}
+    """Markdown: steps and the baseline's zero points, from the JSON of scores, spacing and rates; missed goals."""
+    rates, spacing = read("rates.json"), read("spacing.json")
     teacher = read("scores-pool.json")["scores"]["checkpoints/teacher.pt"]   # of 5,000 pictures, as with 200 steps
-    fine, updates = read("scores-200.json"), (1, 30, 100, 300, 1000)
-    ratios = (run["none", "mixed", n]["c_fid"] / run["single", "mixed", n]["c_fid"] for n in updates)
-    factors = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-    walks = ", ".join(f"{r} {run[r, 'trajectory', 500]['c_fid']:.1f}" for r in ("none", "double", "single"))
-    errors = " and ".join(f"{run[r, 'mixed', 1000]['eps_error']:.5f}" for r in ("none", "single"))
+    fine = read("scores-200.json")
     spaced = ", ".join(f"{r['c_fid']:.1f} for p = {r['power']:g}" for r in spacing["rows"])
     above = teacher["c_fid"] / fine["scores"]["checkpoints/teacher.pt"]["c_fid"] - 1
     short = {(r["ends"], r["factors"]["z_x"]): r for r in rates["rows"] if r["rotation"] == "none"}
     old, quick, ours = short[False, 1], short[False, 16], short[True, 1]
     best = min(r["eps_error"] for r in rates["rows"]
                if r["rotation"] == "single" and all(r[k] == rates["settings"][k] for k in ("steps", "batch")))
-    return (f"**When did H matter?** Most when training was short: after 1, 30, 100, 300 and 1,000 updates the "
-            f"baseline's C-FID was {factors} times single's, though the eps errors, which training sees, were level at "
-            f"the end ({errors}). W4A3, {curve['settings']['n']:,} pictures a point, one run each, from the stored pool "
-            f"(`curve.json`). In the paper's order of steps (crosses) double beat none and single did not: C-FID "
-            f"{walks}.\n\n"
-            f"**Steps.** Our goal was a C-FID with 50 DDIM steps within 10% of that with "
+    return (f"**Steps.** Our goal was a C-FID with 50 DDIM steps within 10% of that with "
             f"{fine['settings']['steps']}: missed, it is {above:.0%} above. Steps at 999 u^p, closer "
             f"together near the picture, regain part of it: {spaced} ({spacing['settings']['n']} pictures, "
             f"`spacing.json`); the paper's are even, and so are ours.\n\n"
