@@ -37,7 +37,7 @@ import hqdm
 from plumbing.runs import (Run, adamw, autocast, compiled, finite, first_alone, mean_over_processes, my_rows, natural,
                            new_parser, pick_device, plot_lines, positive, recorded, report_table, rows_of_all, run_cli,
                            run_folder, same_start, save_checkpoint, seed_step, start_processes, updater, world)
-from sample import CHECKPOINTS, draw, load_judge, load_model, noise_and_labels, save_grids, score
+from sample import CHECKPOINTS, draw, load_judge, load_model, noise_and_labels, psnr, save_grids, score
 from unet import UNet, alpha_bars, ddim, ddim_step, ddim_timesteps, ddpm_loss
 
 # ---------------------------------------------------------------- the data: CIFAR-10's own binary files, no pickle
@@ -253,18 +253,27 @@ def trajectories(teacher, n, steps, seed):
     return [(x_t, torch.full_like(y, t), y, eps) for t, x_t, eps, _ in walk]
 
 
+# How many walks for each image of a batch: of the student fewer, so that each goes on sooner, with the latest student.
+WALKERS = {"teacher": 16, "student": 4}
+
+
 class Carousel:
-    """Where the student's batches come from: n walks of the teacher, at all DDIM steps at once.
+    """Where the student's batches come from: n walks from noise to picture at once, at all DDIM steps.
 
     Each update takes a random batch of them, asks the teacher for the noise at their x_t, the student's target, and
     moves those walks by one DDIM step with it. A walk that arrives starts again from new noise. Nothing is seen
     twice, so nothing can be learned by heart. together: all walks start at t = T-1; with n = batch they stay together,
     and that is the paper's order.
+
+    student: it walks beside the teacher from the same noise, by its own eps, and the batches are of its x_t: there
+    the sampler will bring it, and its rounding errors have added up to grain that the teacher's x_t do not have. Its
+    target is the eps that leads from there to the teacher's x_0. (DAgger, Ross et al. 2011,
+    https://arxiv.org/abs/1011.0686, learns from where the learner goes; with diffusion one speaks of exposure bias.)
     """
 
-    def __init__(self, teacher, n, timesteps, seed, together=False):
+    def __init__(self, teacher, n, timesteps, seed, together=False, student=None):
         device = next(teacher.parameters()).device
-        self.eps, self.classes = recorded(teacher, device), teacher.classes
+        self.eps, self.classes, self.student = recorded(teacher, device), teacher.classes, None
         self.t = torch.tensor(timesteps, device=device)                      # (S,), from T-1 down to 0
         abar = alpha_bars(device)[self.t]
         self.abar = torch.cat([abar, torch.ones(1, device=device)])          # (S + 1,): 1 has no noise
@@ -275,6 +284,8 @@ class Carousel:
         for step in range(int(start.max())):                                 # walk each to a step of its own
             for walks in (start > step).nonzero()[:, 0].to(device).split(256):
                 self.move(walks)
+        if student is not None:
+            self.student, self.own = recorded(student, device), self.x.clone()               # its x_t
 
     def fresh(self, n):
         """Noise (n, 3, 32, 32) and labels (n,), "none" among them."""
@@ -283,66 +294,70 @@ class Carousel:
 
     @torch.no_grad()
     def move(self, walks):
-        """Take these walks one step; return what they were: x_t, t, y and the teacher's eps."""
+        """Take these walks one step; return what they were: x_t, t, y and the target."""
         x, y, step = self.x[walks].contiguous(memory_format=torch.channels_last), self.y[walks], self.step[walks]
         t = self.t[step]
         eps = self.eps(x, t, y)
         a_t, a_s = (rearrange(self.abar[i], "B -> B 1 1 1") for i in (step, step + 1))
-        x_s, _ = ddim_step(x, eps, a_t, a_s)
+        x_s, x_0 = ddim_step(x, eps, a_t, a_s)
         noise, label = self.fresh(len(x))
         arrived = step + 1 == len(self.t)
-        self.x[walks] = torch.where(rearrange(arrived, "B -> B 1 1 1"), noise, x_s)
+        end = rearrange(arrived, "B -> B 1 1 1")
+        self.x[walks] = torch.where(end, noise, x_s)
         self.y[walks], self.step[walks] = torch.where(arrived, label, y), torch.where(arrived, 0, step + 1)
+        if self.student is not None:
+            x = self.own[walks].contiguous(memory_format=torch.channels_last)
+            x_s, _ = ddim_step(x, self.student(x, t, y), a_t, a_s)
+            self.own[walks] = torch.where(end, noise, x_s)
+            eps = (x - a_t**0.5 * x_0) / (1 - a_t) ** 0.5                    # ddim_step(x, eps, ..) finds the same x_0
         return x, t, y, eps
 
     def batches(self, batch, steps, seed, first=0):
-        """The batches (x_t, t, y, eps) of the updates first .. steps - 1."""
+        """The batches (x_t, t, y, target) of the updates first .. steps - 1."""
         for update in range(first, steps):
             seed_step(seed, update)
             yield self.move(torch.randperm(len(self.x), device=self.t.device)[:batch])
 
     def state_dict(self):
-        return {"x": self.x, "y": self.y, "step": self.step}
+        own = {} if self.student is None else {"own": self.own}
+        return {"x": self.x, "y": self.y, "step": self.step, **own}
 
     def load_state_dict(self, state):
         for name, v in self.state_dict().items():
             v.copy_(state[name])
 
 
-def distil(student, optimizer, batches, steps, first=0, weights=None):
+def distil(student, optimizer, batches, steps, first=0, balance=0.0):
     """Train the quantized student in place: yields (loss, gradient norm) a step.
 
-    loss = mean of w(t) (eps_student - eps_teacher)^2; weights: w at each DDIM step (S,), step_weights, or None for 1.
-    Several processes walk alike, and each trains on its rows.
+    loss = balanced mean of (eps_student - target)^2. Several processes walk alike, and each trains on its rows.
     """
-    device = next(student.parameters()).device
-
     def loss(x, t, y, eps):
-        if weights is None:
-            return F.mse_loss(student(x, t, y), eps)
-        error = (student(x, t, y) - eps).square().mean(dim=(1, 2, 3))        # (B,)
-        return (error * (hqdm.one_hot(t, student.hqdm_timesteps) @ weights)).mean()
+        return balanced((student(x, t, y) - eps).square().mean(dim=(1, 2, 3)), balance)
 
-    update = updater(optimizer, loss, device)
+    update = updater(optimizer, loss, next(student.parameters()).device)
     for step, batch in enumerate(batches, start=first):
         x, *rest = (v[my_rows()] for v in batch)
         yield update(decay(step, steps, shape="linear"), x.contiguous(memory_format=torch.channels_last), *rest)
 
 
-def step_weights(errors, balance):
-    """Errors (S,) of the untrained student at each DDIM step -> weights (S,) of the loss, errors^-balance.
+def balanced(errors, balance):
+    """Positive errors (B,) -> their power mean, of exponent 1 - balance; its gradient for clipped steps, see below.
 
     The error at t = 0 is a hundred times that at most other steps. In a plain mean, balance 0, which is the paper's, it
-    drowns them; at balance 1 each step counts by how far it has come. The weights leave the untrained loss what it is.
+    drowns them; at balance 1, the geometric mean, each counts by how far it has come. In the gradient each counts
+    (its size / 0.001)^-balance: most are near 0.001, so the gradient keeps its size, which updater clips, and that of a
+    batch is the mean of its parts', which several processes share.
     """
-    errors = torch.as_tensor(errors, dtype=torch.float32)
-    return errors**-balance * errors.mean() / (errors ** (1 - balance)).mean()
+    sizes = errors.detach()
+    steered = (errors * (sizes / 1e-3).clamp(min=1e-9) ** -balance).mean()
+    mean = sizes.log().mean().exp() if balance == 1 else (sizes ** (1 - balance)).mean() ** (1 / (1 - balance))
+    return mean + steered - steered.detach()
 
 
 @torch.no_grad()
 def eps_errors(net, walks):
-    """[mean (eps_student - eps_teacher)^2 at each DDIM step of `trajectories`], on noises that no update saw;
-    the untrained student's set the loss's weights, though.
+    """[mean (eps_student - eps_teacher)^2 at each DDIM step of `trajectories`], on noises that no update saw.
 
     Their mean, the eps error, is the printed measure. Most of it is the last step's: at t = 0 there is hardly any noise
     left to predict, so that even a good student is far off, and the picture hardly notices (x_0 is off by 1 % of it).
@@ -401,13 +416,13 @@ def train_student(run, teacher, scheme, order):
     pictures = untrained_pictures(teacher, student, walks, 8 if few else 16, s["seed"])
 
     optimizer = adamw(parameter_groups(student, s["lr"]), device)
-    walkers = s["batch"] * (1 if together else 16)
-    carousel = Carousel(teacher, walkers, scheme.timesteps, s["seed"] + 3_000_000, together)
+    walkers = s["batch"] * (1 if together else WALKERS[s["walks"]])
+    carousel = Carousel(teacher, walkers, scheme.timesteps, s["seed"] + 3_000_000, together,
+                        student if s["walks"] == "student" else None)
     run.restore(model=student, optimizer=optimizer, carousel=carousel)
     print(f"training ({run.seconds():.0f} s)", flush=True)
     batches = carousel.batches(s["batch"], s["steps"], s["seed"], len(run.losses))
-    weights = step_weights(before, s["balance"]).to(device) if s["balance"] else None
-    updates = distil(student, optimizer, batches, s["steps"], len(run.losses), weights)
+    updates = distil(student, optimizer, batches, s["steps"], len(run.losses), s["balance"])
     run.follow(run.measure(updates, max(1, s["steps"] // 10), lambda step: {"eps_errors": eps_errors(net, unseen)}))
     if world()[0] == 0:
         finish_student(run, student, unseen, before, pictures, rows)
@@ -425,10 +440,14 @@ def finish_student(run, student, unseen, before, pictures, rows):
     path, n = run.out / "model.pt", len(pictures["float"])
     save_checkpoint(path, kind="quantized", unet=student.config, scheme=scheme._asdict(), model=state)
     drawn, _ = draw(load_model(path, device), n, len(after), seed=run.settings["seed"])
-    save_grids(run.out / "samples.png", {**pictures, f"{scheme_name(scheme)}, trained": drawn})
+    pictures = {**pictures, f"{scheme_name(scheme)}, trained": drawn}
+    faithful = {title: psnr(mine, pictures["float"]) for title, mine in pictures.items() if title != "float"}
+    said = ", ".join(f"{title}: {v:.1f}" for title, v in faithful.items())
+    print(f"PSNR to float of {n} pictures, dB: {said}", flush=True)
+    save_grids(run.out / "samples.png", pictures)
     plot_errors(run, scheme, before, after)
     run.finish(device, eps_error_untrained=mean, eps_error=trained, eps_errors_untrained=before, eps_errors=after,
-               layers=rows, bytes=os.path.getsize(path))
+               psnr=faithful, layers=rows, bytes=os.path.getsize(path))
 
 
 def scheme_name(scheme):
@@ -475,6 +494,7 @@ def parse(argv):
     add("--grid", choices=hqdm.GRIDS, help="of rotated activations: with 0 (the paper's), or all 2^b codes (midtread)")
     add("--rank", type=positive, help="of the LoRA factors (32)")
     add("--order", choices=("mixed", "trajectory"), help="of training steps; trajectory is the paper's (mixed)")
+    add("--walks", choices=WALKERS, help="whose x_t to learn from: the teacher's, as the paper, or its own (teacher)")
     add("--balance", type=finite, help="of steps in the loss: 0 alike, as the paper; up to 1 by their own size (0.5)")
     add("--ddim-steps", type=positive, help="of the sampler, an activation scale each (50; without CUDA 10)")
     add = parser.add_argument_group("training").add_argument
@@ -509,7 +529,7 @@ def check(args):
         raise ValueError("--wbits and --abits go together; without both the float teacher is trained")
     whose = "the teacher" if quantized else "a quantized model; give --wbits and --abits with it"
     for name in ("score_every", "data", "dropout") if quantized else ("rotation", "block", "grid", "rank", "order",
-                                                                               "balance", "teacher"):
+                                                                               "walks", "balance", "teacher"):
         if getattr(args, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} is for {whose}")
     if args.dropout is not None and not 0 <= args.dropout < 1:
@@ -533,7 +553,7 @@ def defaults(args):
     sizes = dict(ddim_steps=50, steps=1000, batch=128) if full else dict(ddim_steps=10, steps=150, batch=8)
     teacher = str(CHECKPOINTS / "teacher.pt")
     return dict(**sizes, lr=1.0, rotation="single", block=32, grid="midtread", rank=32, order="mixed",
-                balance=0.5, teacher=teacher)
+                walks="teacher", balance=0.5, teacher=teacher)
 
 
 def main(argv=None):

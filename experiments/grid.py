@@ -157,7 +157,7 @@ class Scorer:
 
 def float_pictures(teacher, student, walks, n, seed):
     """train.untrained_pictures without untrained models: each would be calibrated once more."""
-    return {"float": draw(teacher, n, len(student.hqdm.timesteps), seed=seed)[0]}
+    return {"float": train.draw(teacher, n, len(student.hqdm.timesteps), seed=seed)[0]}
 
 
 def run_row(row, device, score_of):

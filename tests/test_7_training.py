@@ -209,6 +209,32 @@ def test_a_walk_is_the_samplers():
     assert len(paths) == 12 and arrived > 60 and len(set(labels)) == 11
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_the_student_walks_beside_the_teacher(together):
+    """With student=: x_t are unet.ddim's of the student, from the noise of the teacher's walk; each target leads to
+    the teacher's x_0 of that step. Walks that were under way when it joined begin where the teacher was.
+    """
+    teacher, student, times = Teacher(), Teacher(), tuple(ddim_timesteps(5).tolist())
+    student.forward = lambda x, t, y: 1.1 * Teacher.forward(student, x, t, y) - 0.05
+    made = train.Carousel(teacher, 8, times, 0, together, student)
+    assert torch.equal(made.own, made.x)
+    paths, followed = {}, 0
+    for batch in ride(made, 8 if together else 4, 60, 0):
+        for walk, *row in batch:
+            paths.setdefault(walk, []).append(row)
+    for path in paths.values():
+        for i in (i for i, (_, t, _, _) in enumerate(path[:-5]) if t == 999):
+            x, _, y, _ = path[i]
+            both = zip(ddim(student, x[None], y[None], 5), ddim(teacher, x[None], y[None], 5))
+            for (x_t, t, y_t, target), (mine, oracle) in zip(path[i:], both):
+                assert t == mine[0] and y_t == y
+                assert_close(x_t, mine[1][0], rtol=1e-4, atol=1e-4)
+                abar = made.abar[times.index(int(t))]
+                assert_close((x_t - (1 - abar).sqrt() * target) / abar.sqrt(), oracle[3][0], rtol=1e-4, atol=1e-4)
+            followed += 1
+    assert followed > 25
+
+
 def test_steps_are_mixed_from_the_first_batch_on():
     """All steps are in the first batch and in each later one, about equally often; labels are any of eleven."""
     carousel = train.Carousel(Teacher(), 256, TIMES, seed=0)
@@ -230,11 +256,12 @@ def test_paper_order_is_the_teachers_walk():
     assert (torch.stack(x[3]) - start).abs().mean() > 0.5
 
 
+@pytest.mark.parametrize("student", [None, Teacher()])
 @pytest.mark.parametrize("together", [False, True])
-def test_a_resumed_carousel_goes_on(together):
+def test_a_resumed_carousel_goes_on(together, student):
     """From its state_dict and the next update: the batches of an unbroken one, bit for bit. Another seed has others."""
     def made(seed=1):
-        return train.Carousel(Teacher(), 6, TIMES, seed, together)
+        return train.Carousel(Teacher(), 6, TIMES, seed, together, student)
     whole, first, second = list(made().batches(3, 8, 0)), made(), made(seed=2)
     other = list(made().batches(3, 8, 1))
     list(first.batches(3, 5, 0))
@@ -367,26 +394,30 @@ def test_rates_of_both_trainings():
 
 
 def test_distillation_loss_is_the_mean_squared_error():
-    """loss = mean of w(t) (eps_student - eps_teacher)^2, at the first step; w = 1 unless given."""
+    """loss = mean of (eps_student - target)^2, at the first step; with a balance the power mean over samples."""
     teacher = tiny_unet()
     student = train.quantized_copy(teacher, SCHEME, train.trajectories(teacher, 2, len(TIMES), 0))
     x, t, y, eps = batch = next(train.Carousel(teacher, 8, TIMES, seed=1).batches(4, 1, 0))
     errors = (student(x, t, y) - eps).square().mean(dim=(1, 2, 3)).detach()
-    for weights in (None, torch.tensor([1.0, 10.0, 100.0])):
-        w = 1 if weights is None else weights[[TIMES.index(v) for v in t.tolist()]]
+    for balance, oracle in ((0, errors.mean()), (0.5, errors.sqrt().mean() ** 2), (1, errors.prod() ** 0.25)):
         mine = copy.deepcopy(student)                # a step changes it
         optimizer = runs.adamw(train.parameter_groups(mine), torch.device("cpu"))
-        assert_close(next(train.distil(mine, optimizer, [batch], 1, 0, weights))[0], (errors * w).mean())
+        assert_close(next(train.distil(mine, optimizer, [batch], 1, 0, balance))[0], oracle)
 
 
-def test_weights_of_the_loss():
-    """By hand: errors^-balance, and the weighted mean of the errors is their mean."""
-    errors = [0.01, 0.04, 0.16]
-    assert_close(train.step_weights(errors, 0), torch.ones(3))
-    assert_close(train.step_weights(errors, 1), torch.tensor([7.0, 1.75, 0.4375]))
-    assert_close(train.step_weights(errors, 0.5), torch.tensor([3.0, 1.5, 0.75]))
-    for balance in (0, 0.3, 1):
-        assert_close((train.step_weights(errors, balance) * torch.tensor(errors)).mean(), torch.tensor(0.07))
+def test_balance_of_the_loss():
+    """Gradients, by hand: 0 that of the mean, 1 a thousandth of that of the mean logarithm, between them powers.
+
+    That of a batch is the mean of its halves'. A perfect student has nothing to learn.
+    """
+    errors = torch.tensor([1e-4, 1e-3, 0.1, 0.02], dtype=torch.float64, requires_grad=True)
+    for balance, oracle in ((0, errors.mean()), (1, 1e-3 * errors.log().mean()), (0.5, 2 * (1e-3 * errors).sqrt().mean())):
+        (gradient,), (expected,) = (torch.autograd.grad(v, errors) for v in (train.balanced(errors, balance), oracle))
+        halves = sum(torch.autograd.grad(train.balanced(half, balance), errors)[0] for half in errors.split(2)) / 2
+        assert_close(gradient, expected), assert_close(halves, expected)
+        zeros = torch.zeros(2, requires_grad=True)
+        loss = train.balanced(zeros.square(), balance)
+        assert loss == 0 and torch.equal(torch.autograd.grad(loss, zeros)[0], torch.zeros(2))
 
 
 def test_teacher_learns():
@@ -490,8 +521,7 @@ def test_training_leaves_its_files_and_helps(finished):
         errors = metrics[name.replace("error", "errors")]
         assert math.isclose(metrics[name], sum(errors) / 3, rel_tol=1e-9) and len(errors) == 3
     before, after = (torch.tensor(metrics[name]) for name in ("eps_errors_untrained", "eps_errors"))
-    weights = train.step_weights(before, metrics["settings"]["balance"])
-    assert (weights * after).sum() < 0.97 * (weights * before).sum()         # what was trained
+    assert (after / before).log().mean() < math.log(0.97)                    # what was trained
     assert metrics["bytes"] == (finished / "model.pt").stat().st_size
     assert sample.load_model(finished / "model.pt").hqdm == SCHEME
 
@@ -505,6 +535,8 @@ def test_rows_of_the_pictures(whole, teacher_file):
             "W4A3 single, trained": sample.load_model(out / "model.pt")}
     assert list(grids) == list(rows)
     assert all(torch.equal(grids[name], sample.draw(model, 2, 3)[0]) for name, model in rows.items())
+    assert json.loads((out / "metrics.json").read_text())["psnr"] == {
+        name: sample.psnr(grids[name], grids["float"]) for name in rows if name != "float"}
 
 
 def stop_at(monkeypatch, step, act):
@@ -513,13 +545,16 @@ def stop_at(monkeypatch, step, act):
     monkeypatch.setattr(train, "decay", lambda *args, **more: (next(count) == step and act()) or real(*args, **more))
 
 
-@pytest.mark.parametrize("kind", ["student", "teacher"])
+@pytest.mark.parametrize("kind", ["student", "walking student", "teacher"])
 def test_resume_is_exact(kind, finished, teacher_file, tmp_path, monkeypatch):
     """Killed after a save and resumed: losses, curve and weights, bit for bit, of the run that was never killed.
 
     The first part's seconds count. A teacher goes on with no other data than it began with; what draws is its EMA.
     """
     cut, argv = tmp_path / "cut", arguments(teacher_file, "")[:-1]
+    if kind == "walking student":
+        argv, finished = ["--walks", "student", *argv], tmp_path / "whole"
+        train.main(argv + [str(finished)])
     if kind == "teacher":
         monkeypatch.setattr(train, "UNet", lambda dropout: tiny_unet(dropout=dropout))
         monkeypatch.setattr(train, "score_pictures", lambda model, n, *_: {
@@ -670,25 +705,24 @@ def test_a_long_run_keeps_means_of_its_losses(tmp_path):
     assert metrics["updates_per_loss"] == 21 and metrics["losses"] == [1.0] * 952 + [pytest.approx(1, abs=0.1)] and metrics["more"] == 5
 
 
+@pytest.mark.parametrize("walks", ["teacher", "student"])
 @pytest.mark.parametrize("order", ["mixed", "trajectory"])
-def test_options_of_a_quantized_run_arrive(order, teacher_file, tmp_path, monkeypatch):
-    """--order, --balance, --lr, --seed, --steps and the scheme are what the training gets, all scales calibrated by then."""
+def test_options_of_a_quantized_run_arrive(order, walks, teacher_file, tmp_path, monkeypatch):
+    """--order, --walks, --balance, --lr, --seed, --steps and the scheme are what the training gets, all scales calibrated by then."""
     got = []
     monkeypatch.setattr(train, "distil", lambda *args: got.extend(args) or fail(InterruptedError()))
     with pytest.raises(InterruptedError):
         train.main(arguments(teacher_file, tmp_path, "--order", order, "--lr", "2", "--seed", "3", "--rank", "2",
-                             *["--balance", "0"] * (order == "trajectory")))
-    student, optimizer, batches, steps, first, weights = got
-    if order == "trajectory":                        # a plain mean, as the paper's
-        assert weights is None
-    else:                                            # the default
-        assert len(weights) == len(TIMES) and 0 < weights.min() < weights.max()
+                             *["--balance", "0"] * (order == "trajectory"), *["--walks", "student"] * (walks == "student")))
+    student, optimizer, batches, steps, first, balance = got
+    assert balance == (0 if order == "trajectory" else 0.5)                  # the paper's, a plain mean; the default
     assert [g["initial_lr"] for g in optimizer.param_groups] == [g["lr"] for g in train.parameter_groups(student, 2.0)]
     assert student.hqdm == SCHEME._replace(rank=2) and (steps, first) == (8, 0)
     asked, together = batches.gi_frame.f_locals, order == "trajectory"
     assert [asked[k] for k in ("batch", "steps", "seed", "first")] == [4, 8, 3, 0]
     assert asked["self"].t.tolist() == list(TIMES)
-    assert len(asked["self"].x) == (4 if together else 64) and bool(asked["self"].step.any()) != together
+    assert len(asked["self"].x) == (4 if together else 4 * train.WALKERS[walks]) and bool(asked["self"].step.any()) != together
+    assert asked["self"].student is (student if walks == "student" else None)
 
 
 def test_options_of_a_teacher_arrive(tmp_path, monkeypatch):
