@@ -231,9 +231,13 @@ class ActivationQuantizer(nn.Module):
             self.z_x = nn.Parameter(torch.zeros(steps))
 
     def forward(self, x, dtype=torch.float32):
-        check_calibrated(self)
-        s, z = (v if v is None else at_step(v, len(x)) for v in self.scales())       # t is the call's: section 5
+        s, z = self.of_steps(len(x))
         return rotate_and_quantize(x, s, z, self.grid, self.block, dtype), s
+
+    def of_steps(self, batch):
+        """s_x and z_x (None: 0) of the step that each sample is at, (batch,): t is the call's, section 5."""
+        check_calibrated(self)
+        return (v if v is None else at_step(v, batch) for v in self.scales())
 
     @kept_while_frozen
     def scales(self):

@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, repeat
 
-import plumbing.norm  # noqa: F401  the kernel of group_norm
+import plumbing.blocks  # noqa: F401  the kernels of group_norm, residual and attention
 from plumbing.kernels import kept, kernel
 
 T = 1000                # diffusion times that the network was trained on (DDPM section 4)
@@ -83,10 +83,16 @@ class ResBlock(nn.Module):
         nn.init.zeros_(self.conv2.weight)            # each block starts near the identity: deep nets train from step 1
 
     def forward(self, x, emb):
-        r = self.conv1(self.norm1(x))                                    # (B, c_out, h, w)
-        r = r + rearrange(self.emb(emb), "B C -> B C 1 1")               # one number a channel tells time and class
-        r = self.conv2(self.dropout(self.norm2(r)))
-        return self.skip(x) + r
+        return residual(x, self, emb)
+
+
+@kernel
+def residual(x, block, emb):
+    """What a ResBlock computes."""
+    r = block.conv1(block.norm1(x))                                      # (B, c_out, h, w)
+    r = r + rearrange(block.emb(emb), "B C -> B C 1 1")                  # one number a channel tells time and class
+    r = block.conv2(block.dropout(block.norm2(r)))
+    return block.skip(x) + r
 
 
 class Attention(nn.Module):
@@ -100,12 +106,17 @@ class Attention(nn.Module):
         nn.init.zeros_(self.proj.weight)             # identity at the start, as in ResBlock
 
     def forward(self, x):
-        B, C, h, w = x.shape
-        tokens = rearrange(self.norm(x), "B C h w -> B (h w) C")
-        q, k, v = rearrange(self.qkv(tokens), "B n (three H d) -> three B H n d", three=3, H=self.heads)
-        out = F.scaled_dot_product_attention(q, k, v)                    # (B, H, n, d)
-        out = self.proj(rearrange(out, "B H n d -> B n (H d)"))
-        return x + rearrange(out, "B (h w) C -> B C h w", h=h)
+        return attention(x, self)
+
+
+@kernel
+def attention(x, block):
+    """What Attention computes."""
+    tokens = rearrange(block.norm(x), "B C h w -> B (h w) C")
+    q, k, v = rearrange(block.qkv(tokens), "B n (three H d) -> three B H n d", three=3, H=block.heads)
+    out = F.scaled_dot_product_attention(q, k, v)                        # (B, H, n, d)
+    out = block.proj(rearrange(out, "B H n d -> B n (H d)"))
+    return x + rearrange(out, "B (h w) C -> B C h w", h=x.shape[2])
 
 
 class UNet(nn.Module):

@@ -2,7 +2,8 @@
 
     python experiments/steps.py            # on the device at hand; of the other one steps.json keeps what it has
 
-torch.profiler names operators (CPU) or kernels (GPU); each is counted to the first group whose words are in its name.
+torch.profiler names operators (CPU) or kernels (GPU); each is counted to the first group whose words are in its name:
+the pass of plumbing/blocks.py, with which integers are normalised, too, to rounding.
 What is left of the profiled step is Python on a CPU, idle units on a GPU. The profiler costs a little: `ms`, above each
 bar, is the median of steps without it.
 """

@@ -217,11 +217,21 @@ if triton is not None:
         return t
 
     @triton.jit
+    def _normalised(x, scale_ptr, shift_ptr, at, mask, SILU: tl.constexpr):
+        """scale x + shift, of the channel each number is in; then SiLU, if asked for. See norm.py."""
+        y = x * tl.load(scale_ptr + at, mask, other=0) + tl.load(shift_ptr + at, mask, other=0)
+        if SILU:
+            y = y / (1 + tl.exp(-y))
+        return y
+
+    @triton.jit
     def _quantize_kernel(x_ptr, s_ptr, z_ptr, y_ptr, n, low, high, STEP: tl.constexpr, K: tl.constexpr,
-                         ROWS: tl.constexpr, NORM: tl.constexpr, g_ptr=None, gs_ptr=None, gz_ptr=None):
+                         ROWS: tl.constexpr, NORM: tl.constexpr, g_ptr=None, gs_ptr=None, gz_ptr=None, scale_ptr=None,
+                         shift_ptr=None, C=1, SILU: tl.constexpr = False):
         """y = clamp(round(H x / s) + z, low, high) - z, for samples of n numbers with an s and a z each. NORM 1: no H.
 
         Given g, the way back: y is the gradient of x at every place; those of s and z come as one sum a program.
+        Given scale and shift (B, C): of x normalised first, and through SiLU if asked for.
         """
         sample = tl.program_id(0)                                # the other axes of a grid end at 65,535
         at = tl.program_id(1) * (ROWS * K) + tl.arange(0, ROWS)[:, None] * K + tl.arange(0, K)[None, :]
@@ -229,6 +239,8 @@ if triton is not None:
         x, s, z = tl.load(x_ptr + offsets, mask, other=0).to(tl.float32), tl.load(s_ptr + sample), 0.0
         if z_ptr is not None:
             z = tl.load(z_ptr + sample)
+        if scale_ptr is not None:
+            x = _normalised(x, scale_ptr, shift_ptr, sample * C + at % C, mask, SILU)
         if NORM != 1.0:
             x = _rotate(x, K) * NORM
         t = x * (1 / s)
@@ -268,8 +280,11 @@ if triton is not None:
     @triton.jit
     def _int_kernel(x_ptr, w_ptr, y_ptr, pixels, h, w, h_out, w_out, C, outs, kw, taps, stride, padding,
                     PIXELS: tl.constexpr, OUTS: tl.constexpr, CHANNELS: tl.constexpr, WIDE_X: tl.constexpr,
-                    WIDE_W: tl.constexpr, s_x_ptr=None, s_w_ptr=None, bias_ptr=None):
+                    WIDE_W: tl.constexpr, s_x_ptr=None, s_w_ptr=None, bias_ptr=None, more_ptr=None,
+                    SAMPLES: tl.constexpr = False):
         """Integers x (B, h, w, C), w (outs, taps, C) -> y (pixels, outs): int32, or float32 sums * (s_x s_w) + bias.
+
+        Given more, that is added: of y's shape, or with SAMPLES (B, outs).
 
         Each program sums PIXELS x OUTS outputs over taps and channels; no patches are copied. Integer units take int8:
         wide operands (int16, of up to 14 bits) are cut into x = low + 128 high; the three shifts are summed apart.
@@ -304,8 +319,12 @@ if triton is not None:
         mask = (pixel < pixels)[:, None] & (out < outs)[None, :]
         if s_x_ptr is not None:
             s_x, s_w = tl.load(s_x_ptr + b, pixel < pixels, other=0), tl.load(s_w_ptr + out, out < outs, other=0)
-            s = s_x[:, None] * s_w[None, :]
-            tl.store(y_ptrs, acc.to(tl.float32) * s + tl.load(bias_ptr + out, out < outs, other=0)[None, :], mask)
+            y = acc.to(tl.float32) * (s_x[:, None] * s_w[None, :])
+            y += tl.load(bias_ptr + out, out < outs, other=0)[None, :]
+            if more_ptr is not None:
+                rows = b if SAMPLES else pixel
+                y += tl.load(more_ptr + rows.to(tl.int64)[:, None] * outs + out[None, :], mask, other=0)
+            tl.store(y_ptrs, y, mask)
         else:
             tl.store(y_ptrs, acc, mask)
 
@@ -411,7 +430,7 @@ def _scale(acc, s_x, s_w, bias, *back):
 
 
 def int_product_triton(q_x, q_w, stride, padding, scales, *shape):
-    """q_x and q_w int8, or int16 of up to 14 bits (narrow) -> (*shape, O)."""
+    """q_x and q_w int8, or int16 of up to 14 bits (narrow) -> (*shape, O). scales may have a fourth: what is added."""
     q_x, w = q_x.contiguous(), rearrange(q_w, "O C kh kw -> O (kh kw C)").contiguous()
     (_, h, w_in, C), (O, _, kh, kw) = q_x.shape, q_w.shape
     wide, pixels = [t.dtype == torch.int16 for t in (q_x, w)], math.prod(shape)
@@ -419,7 +438,8 @@ def int_product_triton(q_x, q_w, stride, padding, scales, *shape):
     if pixels:
         OUTS = 64 if O <= 64 else 128                # the fastest of some thirty choices, on an H200
         CHANNELS = 128 if C % 128 == 0 and not all(wide) else 64 if C > 32 else 32
+        samples = [scales[3].numel() < y.numel()] if scales and len(scales) == 4 else []
         _int_kernel[(triton.cdiv(pixels, 128), triton.cdiv(O, OUTS))](
             q_x, w, y, pixels, h, w_in, *shape[1:], C, O, kw, kh * kw, stride, padding, 128, OUTS, CHANNELS, *wide,
-            *(v.contiguous() for v in scales or ()), num_warps=8 if any(wide) else 4, enable_fp_fusion=False)
+            *(v.contiguous() for v in scales or ()), *samples, num_warps=8 if any(wide) else 4, enable_fp_fusion=False)
     return y

@@ -8,6 +8,9 @@ import torch
 
 from plumbing.kernels import has_kernel, on_triton, triton
 
+if triton is not None:
+    from plumbing.kernels import _normalised
+
 PIXELS, CHANNELS = 64, 64        # a program's tile
 
 if triton is not None:
@@ -70,10 +73,8 @@ if triton is not None:
     def _apply_kernel(x_ptr, scale_ptr, shift_ptr, y_ptr, P, C, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
                       SILU: tl.constexpr):
         offsets, mask, c, _ = _tile(P, C, PIXELS, CHANNELS)
-        scale, shift = _two(scale_ptr, shift_ptr, tl.program_id(0) * C + c, c < C)
-        y = tl.load(x_ptr + offsets, mask, other=0).to(tl.float32) * scale + shift
-        if SILU:
-            y = y / (1 + tl.exp(-y))
+        x = tl.load(x_ptr + offsets, mask, other=0).to(tl.float32)
+        y = _normalised(x, scale_ptr, shift_ptr, (tl.program_id(0) * C + c)[None, :], (c < C)[None, :], SILU)
         tl.store(y_ptr + offsets, y, mask)
 
     @triton.jit
@@ -113,20 +114,30 @@ def group_norm(x, groups, weight, bias, eps, silu=False):
     return _GroupNorm.apply(x, groups, weight, bias, eps, silu)
 
 
+def scale_and_shift(x, groups, weight, bias, eps):
+    """Of x (B, C, h, w), channels last: rows (2, B, C), with which group_norm is rows[0] x + rows[1];
+    whole (2, B, groups), mean and 1/std; and the kernels' grid, tile and numbers.
+    """
+    (B, C), P = x.shape[:2], x.shape[2] * x.shape[3]
+    chunks, width = triton.cdiv(P, PIXELS), C // groups
+    grid, tile = (B, chunks, triton.cdiv(C, CHANNELS)), (PIXELS, CHANNELS)
+    joined = P, C, chunks, width, eps, PIXELS, triton.next_power_of_2(chunks), triton.next_power_of_2(width)
+    shapes = (B, chunks, C), (B, C), (B, groups)
+    parts, rows, whole = (x.new_empty(2, *shape, dtype=torch.float32) for shape in shapes)   # chunks, channels, groups
+    if x.numel():
+        _moments_kernel[grid](x, *parts, P, C, *tile)
+        _join_kernel[(B, groups)](*parts, weight, bias, *rows, *whole, *joined, False)
+    return rows, whole, grid, tile, joined
+
+
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, groups, weight, bias, eps, silu):
         x = x.contiguous(memory_format=torch.channels_last)
-        (B, C), P = x.shape[:2], x.shape[2] * x.shape[3]
-        chunks, width = triton.cdiv(P, PIXELS), C // groups
-        grid, tile = (B, chunks, triton.cdiv(C, CHANNELS)), (PIXELS, CHANNELS)
-        joined = P, C, chunks, width, eps, PIXELS, triton.next_power_of_2(chunks), triton.next_power_of_2(width)
-        y, shapes = torch.empty_like(x, dtype=torch.float32), ((B, chunks, C), (B, C), (B, groups))
-        parts, rows, whole = (y.new_empty(2, *shape) for shape in shapes)        # of chunks, channels, groups
+        rows, whole, grid, tile, joined = scale_and_shift(x, groups, weight, bias, eps)
+        y = torch.empty_like(x, dtype=torch.float32)
         if x.numel():
-            _moments_kernel[grid](x, *parts, P, C, *tile)
-            _join_kernel[(B, groups)](*parts, weight, bias, *rows, *whole, *joined, False)
-            _apply_kernel[grid](x, *rows, y, P, C, *tile, silu)
+            _apply_kernel[grid](x, *rows, y, *joined[:2], *tile, silu)
         ctx.save_for_backward(x, weight, rows, whole)
         ctx.args = grid, tile, joined, silu
         return y

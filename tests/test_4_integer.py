@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import hqdm
-from conftest import DEVICES, ROOT, tiny_unet
+from conftest import DEVICES, ROOT, small_unet, tiny_unet
 from plumbing import int8, kernels
 
 
@@ -268,6 +268,48 @@ def test_integers_on_and_off(unet):
     assert all(layer.integer and layer.view == "A" for layer in hqdm.layers(unet))
     hqdm.set_integer(unet, False)
     assert not any(layer.integer for layer in hqdm.layers(unet))
+
+
+@pytest.mark.skipif(not (torch.cuda.is_available() or kernels.INTERPRETED), reason="needs a GPU, or TRITON_INTERPRET=1")
+@pytest.mark.parametrize("view", "AB")
+@pytest.mark.parametrize("scheme", [hqdm.Scheme(4, 3, block=16), hqdm.Scheme(4, 3, block=16, grid="midrise"), hqdm.Scheme(4, 4, "none"), hqdm.Scheme(8, 8, "none")])
+def test_blocks_in_fewer_passes(scheme, view, monkeypatch):
+    """plumbing/blocks.py: the bits of the layers one by one, in both views, and those of the fake-quantized network.
+
+    Where a layer is looked at, left in float or trained, the layers do it.
+    """
+    device, module, taken = torch.device(DEVICES[-1]), sys.modules["unet"], []
+    teacher = small_unet(mults=(1,), attention=(8,), size=8)
+    # The interpreter runs on a CPU, where GroupNorm is PyTorch's and rounds otherwise.
+    monkeypatch.setattr(module.GroupNorm, "forward", lambda m, x: module.group_norm(x, m.num_groups, m.weight, m.bias, m.eps, m.silu))
+    for name in ("residual", "attention"):
+        takes, fast = kernels.FAST[name]
+        monkeypatch.setitem(kernels.FAST, name, (takes, lambda *args, f=fast, name=name: taken.append(name) or f(*args)))
+        monkeypatch.setattr(module, name, kernels.kernel(getattr(module, name).__wrapped__))
+    unet = copy.deepcopy(teacher)
+    hqdm.quantize_network(unet, scheme)
+    x, t, y = torch.randn(2, 3, 8, 8), torch.zeros(2), torch.tensor([1, 10])
+    hqdm.calibrate(unet, teacher, [(x, t, y)])
+    hqdm.freeze(unet)
+    unet, x, t, y = (v.to(device) for v in (unet, x.contiguous(memory_format=torch.channels_last), t, y))
+    blocks = [m for m in unet.modules() if type(m).__name__ in ("ResBlock", "Attention")]
+    with torch.no_grad():
+        fake = unet(x, t, y)
+        assert not taken and len(blocks) > 5
+        hqdm.set_integer(unet, view=view)
+        assert torch.equal(unet(x, t, y), fake) and len(taken) == len(blocks) and set(taken) == {"residual", "attention"}
+        if view == "A":
+            return
+        taken.clear()
+        hook = blocks[0].norm1.register_forward_hook(lambda *_: None)
+        blocks[-1].norm.register_forward_pre_hook(lambda *_: None)
+        assert torch.equal(unet(x, t, y), fake) and len(taken) == len(blocks) - 2
+        hook.remove()
+        taken.clear()
+        blocks[0].conv2.integer = False
+        assert torch.equal(unet(x, t, y), fake) and len(taken) == len(blocks) - 2
+        taken.clear()
+    assert torch.equal(unet(x, t, y).detach(), fake) and not taken           # with gradients
 
 
 def test_views_need_no_float():
