@@ -6,6 +6,10 @@ torch.profiler names operators (CPU) or kernels (GPU); each is counted to the fi
 the pass of plumbing/blocks.py, with which integers are normalised, too, to rounding.
 What is left of the profiled step is Python on a CPU, idle units on a GPU. The profiler costs a little: `ms`, above each
 bar, is the median of steps without it.
+
+The limit, of the integer network: the bytes that must move if each layer reads its float32 input, writes and reads its
+integers and writes float32 once, and each norm reads its input once more, at the speed of a copy; and its multiply-adds
+at the speed of a large int8 product, both measured here.
 """
 import json
 import re
@@ -20,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import hqdm  # noqa: E402
 from plumbing.runs import new_parser, pick_device, positive, provenance, recorded, run_cli, whole_file, write_json  # noqa: E402
 from sample import CHECKPOINTS, load_model  # noqa: E402
+from unet import GroupNorm  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 GROUPS = {"attention": "attention|fmha|softmax",
@@ -35,31 +40,67 @@ def group_of(name):
     return next(group for group, words in GROUPS.items() if re.search(words, name))
 
 
+def synchronize(device):
+    torch.cuda.synchronize() if device.type == "cuda" else None
+
+
+def milliseconds(f, device, n=15):
+    """The median of n calls, after three."""
+    times = []
+    for _ in range(3 + n):
+        synchronize(device)
+        start = time.perf_counter()
+        f()
+        synchronize(device)
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[3:])
+
+
+def work(net, inputs):
+    """(bytes, multiply-adds) of an integer step: see above. Its quantized layers and its norms are looked at."""
+    moved, multiplied = [], []
+
+    def layer(m, args, y):
+        taps = m.weights.shape.numel() // m.weights.shape[0]
+        moved.append(6 * args[0].numel() + 4 * y.numel())
+        multiplied.append(y.numel() * taps)
+    hooks = [m.register_forward_hook(layer) for m in hqdm.layers(net)]
+    hooks += [m.register_forward_hook(lambda m, args, y: moved.append(4 * y.numel())) for m in net.modules() if isinstance(m, GroupNorm)]
+    net(*inputs)
+    for hook in hooks:
+        hook.remove()
+    return sum(moved), sum(multiplied)
+
+
+def limit(net, inputs, device):
+    """{name: value} of what a step takes at least, and of the two speeds that say so."""
+    moved, multiplied = work(net, inputs)
+    n, side = (2**28, 8192) if device.type == "cuda" else (2**25, 2048)
+    a, b = torch.ones(n, device=device), torch.empty(n, device=device)
+    q = torch.ones(side, side, dtype=torch.int8, device=device)
+    copy_speed = 8 * n / milliseconds(lambda: b.copy_(a), device) / 1e6                      # GB/s
+    int8_speed = side**3 / milliseconds(lambda: torch._int_mm(q, q), device) / 1e9           # 10^12 a second
+    return {"gigabytes": round(moved / 1e9, 3), "gigabytes_per_s": round(copy_speed, 1), "ms_to_move": round(moved / copy_speed / 1e6, 2),
+            "tera_multiply_adds": round(multiplied / 1e12, 4), "tera_per_s": round(int8_speed, 2),
+            "ms_to_multiply": round(multiplied / int8_speed / 1e9, 2)}
+
+
 def measure(net, inputs, device):
     """{group: milliseconds} of net(*inputs)."""
-    def synchronize():
-        torch.cuda.synchronize() if device.type == "cuda" else None
-    step, times = recorded(net, device), []
-    for _ in range(3):
-        step(*inputs)
-    for _ in range(15):
-        synchronize()
-        start = time.perf_counter()
-        step(*inputs)
-        synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
+    step = recorded(net, device)
+    ms = milliseconds(lambda: step(*inputs), device)
     activity = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activity.CUDA if device.type == "cuda" else activity.CPU]) as profiler:
         start = time.perf_counter()
         step(*inputs)
-        synchronize()
+        synchronize(device)
         profiled = 1e3 * (time.perf_counter() - start)
     spent = dict.fromkeys(GROUPS, 0.0)
     for event in profiler.key_averages():
-        ms = (event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total) / 1e3
-        spent[group_of(event.key)] += ms
+        us = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        spent[group_of(event.key)] += us / 1e3
     spent["idle" if device.type == "cuda" else "Python"] = max(0, profiled - sum(spent.values()))
-    return {"ms": round(statistics.median(times), 2), **{name: round(ms, 2) for name, ms in spent.items()}}
+    return {"ms": round(ms, 2), **{name: round(v, 2) for name, v in spent.items()}}
 
 
 def draw_figure(report, path):
@@ -100,9 +141,11 @@ def main():
             hqdm.set_integer(net)
         rows.append({"what": what, **measure(net, inputs, device)})
         print(json.dumps(rows[-1]), flush=True)
+    least = limit(net, inputs, device)
+    print(json.dumps(least), flush=True)
     path = HERE / "steps.json"
     report = json.loads(path.read_text()) if path.is_file() else {}
-    report[device.type] = {"rows": rows, **provenance(vars(args), device, time.time() - start)}
+    report[device.type] = {"rows": rows, "limit": least, **provenance(vars(args), device, time.time() - start)}
     write_json(path, report)
     draw_figure(report, path.with_suffix(".png"))
 

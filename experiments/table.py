@@ -276,6 +276,10 @@ def steps():
             words.append(f"{row['what']} {row['ms']:.0f} ms ({first} {spent[first] / total:.0%}, {second} {spent[second] / total:.0%})")
         lines.append(f"One step of {part['settings']['batch']} pictures on {part['hardware']}: {'; '.join(words)} "
                      f"(`{part['command']}`, {part['date']}).")
+        if least := part.get("limit"):
+            lines[-1] += (f" The limit of the integer step: {least['gigabytes']:.2f} GB to move, {least['ms_to_move']:.1f} ms at a copy's "
+                          f"{least['gigabytes_per_s']:,.0f} GB/s; {least['tera_multiply_adds']:.2g} trillion multiply-adds, "
+                          f"{least['ms_to_multiply']:.1f} ms at the {least['tera_per_s']:.3g} trillion a second of a large int8 product.")
     return "\n".join(lines) + "\n"
 
 

@@ -1,5 +1,6 @@
 """What the pages and docstrings say is so: snippets run, numbers come from JSON, names exist, the house has its order."""
 import ast
+import copy
 import doctest
 import importlib
 import os
@@ -13,7 +14,7 @@ import torch
 from conftest import ROOT
 
 import hqdm
-import unet  # noqa: F401  registers its kernel
+import unet
 from plumbing import kernels
 
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -115,7 +116,7 @@ def test_tables_are_made_from_json():
             assert make() == page.partition(start)[2].partition(end)[0] and len(make()) > 100
 
 
-def test_what_a_step_spends_is_counted_once():
+def test_what_a_step_spends_is_counted_once(monkeypatch):
     """Operators and kernels by name; a network's milliseconds are all in some group."""
     steps = importlib.import_module("steps")
     of = {"aten::mm": "transform and rounding", "_quantize_kernel": "transform and rounding", "aten::addmm": "convolutions and matrix products",
@@ -123,8 +124,22 @@ def test_what_a_step_spends_is_counted_once():
           "_int_kernel": "convolutions and matrix products", "fmha_cutlassF_f32": "attention", "_apply_kernel": "norms and SiLU",
           "aten::_scaled_dot_product_flash_attention_for_cpu": "attention", "aten::addcmul": "scales and bias", "aten::cat": "additions, copies, the rest"}
     assert {name: steps.group_of(name) for name in of} == of
+    monkeypatch.setattr(steps, "milliseconds", lambda *_: 7.254)
     row = steps.measure(torch.nn.Conv2d(3, 8, 3), (torch.randn(2, 3, 9, 9),), torch.device("cpu"))
     assert list(row) == ["ms", *steps.GROUPS, "Python"] and row["convolutions and matrix products"] > 0 and min(row.values()) >= 0
+    assert row["ms"] == 7.25
+
+
+def test_what_a_step_has_to_do():
+    """Bytes and multiply-adds of one convolution and one norm, by hand."""
+    steps, x = importlib.import_module("steps"), torch.randn(2, 32, 6, 6)
+    net = torch.nn.Sequential(unet.GroupNorm(32), torch.nn.Conv2d(32, 5, 3))
+    teacher = copy.deepcopy(net)
+    hqdm.quantize_network(net, hqdm.Scheme(), eight_bits=())
+    hqdm.calibrate(net, teacher, [(x,)])
+    numbers, out = 2 * 32 * 6 * 6, 2 * 5 * 4 * 4
+    assert steps.work(net, (x,)) == (4 * numbers + (4 + 1 + 1) * numbers + 4 * out, out * 32 * 3 * 3)
+    assert not any(m._forward_hooks for m in net)
 
 
 def test_means_deviations_and_goals_of_the_experiment():
