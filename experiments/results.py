@@ -87,7 +87,10 @@ def finding(rows):
     said = ((3, "single", "none"), (3, "midrise", "single"), (4, "single", "none"), (3, "double", "single"), (4, "double", "single"))
     if min(gain for pair in said for gain in lower(*pair)) <= 0:
         raise ValueError("what is said of the headline rows holds no more: write it anew")
-    return (f"At W4A3 single beats none in every seed, by {spread(lower(3, 'single', 'none'))} in C-FID, and mid-rise beats single by "
+    first = {kind(r): r["c_fid"] for r in of_part(rows, "updates") if r["steps"] == 1}
+    ratio = mean(r["c_fid"] for r in found[3, "none"]) / mean(r["c_fid"] for r in found[3, "single"])
+    return (f"Before training none's C-FID is {first['none'] / first['single']:.1f} times single's, after it {ratio:.1f} times: H gains most where training is short. "
+            f"At W4A3 single beats none in every seed, by {spread(lower(3, 'single', 'none'))} in C-FID, and mid-rise beats single by "
             f"{spread(lower(3, 'midrise', 'single'))}. At W4A4 single's lead over none is {spread(lower(4, 'single', 'none'))}. Double is ahead "
             f"of single in every seed, by {spread(lower(3, 'double', 'single'))} at W4A3 and {spread(lower(4, 'double', 'single'))} at W4A4:\n"
             f"that rotating the weights does harm, as the paper says, does not hold here. C-FID stays {times('single')} times float's, "
@@ -127,6 +130,10 @@ def goals(rows):
                 ahead = sum(sign * (a[key] - b[key]) > 0 for a, b in zip(ours, theirs))
                 words.append(f"{title} better in {ahead} of {len(ours)} seeds, intervals {'apart' if apart(ours, theirs, key) else 'touch'}")
             lines.append(f"- W4A{abits} {KINDS[name]} against {other}: {'; '.join(words)}.")
+    for r in [r for r in rows if r["part"] == "cost" and r["batch"] == 128]:
+        gb = r["peak_gib"] * 2**30 / 1e9
+        said = " and ".join("met" if ok else "missed" for ok in (r["seconds"] <= 300, gb < 12))
+        lines.append(f"- From the bundled teacher to W4A3 single at batch 128: {r['seconds']:.0f} s (goal 300), {gb:.1f} GB (goal under 12): {said}.")
     return "\n".join(lines) + "\n"
 
 

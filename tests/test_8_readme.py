@@ -166,6 +166,9 @@ def test_means_deviations_and_goals_of_the_experiment():
     cost = [{**made[4], "part": "cost", "batch": batch, "seconds": s, "peak_gib": gib} for batch, s, gib in ((32, 90, 2.0), (128, 150, 6.25))]
     assert results.costs([*made, *cost]) == (
         "150 s and 6.2 GiB at batch 128, 90 s and 2.0 GiB at batch 32 (one x).\n")
+    assert "at batch 128: 150 s (goal 300), 6.7 GB (goal under 12): met and met." in results.goals([*made, *cost])
+    assert "at batch 128: 301 s (goal 300), 12.9 GB (goal under 12): missed and missed." in results.goals(
+        [*made, {**cost[1], "seconds": 301, "peak_gib": 12}])
 
 
 def test_what_the_pages_say_of_the_results():
