@@ -3,7 +3,7 @@
     python experiments/grid.py tune headline                      # parts; rows that results.json has are left out
     CUDA_VISIBLE_DEVICES=1 python experiments/grid.py headline    # beside it on a second GPU: each takes what is left
 
-tune      three kinds at W4A3: balance of the loss and rates, on a seed that no other part has
+tune      three kinds at W4A3: balance of the loss, rates, updates, whose walks; on a seed that no other part has
 headline  none, double, single, single midrise at W4A3 and W4A4, three seeds, equal updates
 updates   none and single, both grids, at W4A3, one seed, after 1 to 4,000 updates instead
 side      one seed each: blocks, rank, batch 32, bits, double on a midrise grid; models of 10, 20 and 100 DDIM steps
@@ -62,7 +62,8 @@ def rows_of(part):
     """The rows of a part: options of train.py; "paper": with the paper's rates and EfficientDM's search of zero points."""
     w4a3, one = BITS["w4a3"], {**BITS["w4a3"], **EQUAL, "seed": 0}
     if part == "tune":
-        tried = [dict(balance=0.0), dict(balance=0.5), dict(balance=1.0), dict(balance=0.5, lr=0.5), dict(balance=0.5, lr=2.0)]
+        tried = [dict(balance=0.0), dict(balance=0.5), dict(balance=1.0), dict(balance=0.5, lr=0.5), dict(balance=0.5, lr=2.0),
+                 dict(balance=0.5, steps=4000), *(dict(balance=1.0, walks="student", steps=n) for n in (1000, 4000))]
         return [{**w4a3, **KINDS[kind], "steps": 1000, "seed": TUNED, **change}
                 for change in tried for kind in ("none", "single", "midrise")]
     if part == "headline":

@@ -157,8 +157,9 @@ def test_means_deviations_and_goals_of_the_experiment():
     assert "single: C-IS 96.2% of float (goal 95.5%), C-FID 1.70 times (goal 1.65): met and missed." in goals
     assert "mid-rise grid: C-IS 96.9% of float (goal 97.0%), C-FID 1.90 times (goal 1.65): missed and missed." in goals
     assert "W4A3 none, as float draws it: PSNR 30.0 ± 0.0 dB (goal 29), brighter by -0.5 ± 0.0 levels (goal within 1), contrast 0.985 ± 0.000 (goal within 1%): missed." in goals
-    assert "W4A3 single against none: C-FID better in 3 of 3 seeds, intervals apart; C-IS better in 3 of 3 seeds, intervals apart." in goals
-    assert "mid-rise grid against none: C-FID better in 2 of 3 seeds, intervals touch; C-IS better in 3 of 3 seeds, intervals apart." in goals
+    pairs = results.pairs(made)
+    assert "| W4A3 single against none | 5.0 ± 1.0 (3 of 3) | apart | 0.600 ± 0.000 (3 of 3) | apart |" in pairs
+    assert "mid-rise grid against none | 3.0 ± 4.4 (2 of 3) | touch | 0.650 ± 0.050 (3 of 3) | apart |" in pairs and "double" not in pairs
     with pytest.raises(ValueError, match="holds no more"):                   # a finding that is none any more
         results.finding([*made, *rows("double", (16, 17, 18), (7.6, 7.7, 7.8)), *({**r, "abits": 4} for r in made[1:]),
                          *({**r, "abits": 4} for r in rows("double", (16, 17, 18), (7.6, 7.7, 7.8)))])
@@ -166,8 +167,8 @@ def test_means_deviations_and_goals_of_the_experiment():
     cost = [{**made[4], "part": "cost", "batch": batch, "seconds": s, "peak_gib": gib} for batch, s, gib in ((32, 90, 2.0), (128, 150, 6.25))]
     assert results.costs([*made, *cost]) == (
         "150 s and 6.2 GiB at batch 128, 90 s and 2.0 GiB at batch 32 (one x).\n")
-    assert "at batch 128: 150 s (goal 300), 6.7 GB (goal under 12): met and met." in results.goals([*made, *cost])
-    assert "at batch 128: 301 s (goal 300), 12.9 GB (goal under 12): missed and missed." in results.goals(
+    assert "at batch 128: 150 s (goal 300), 6.2 GiB (goal under 11): met and met." in results.goals([*made, *cost])
+    assert "at batch 128: 301 s (goal 300), 12.0 GiB (goal under 11): missed and missed." in results.goals(
         [*made, {**cost[1], "seconds": 301, "peak_gib": 12}])
 
 
@@ -181,7 +182,7 @@ def test_what_the_pages_say_of_the_results():
     for a, b in zip(single, none):                                           # beats none in each seed, by every score
         assert a["c_fid"] < b["c_fid"] and all(a[key] > b[key] for key in ("c_is", "accuracy", "psnr"))
     fid = {name: results.mean(r["c_fid"] for r in found) for (bits, name), found in by_seed.items() if bits == 3}
-    assert results.finding(results.read()).count("±") == 5 and fid["midrise"] < fid["double"] < fid["single"] < fid["none"]
+    assert results.finding(results.read()).count("±") == 3 and fid["midrise"] < fid["double"] < fid["single"] < fid["none"]
     met = re.findall(r": (met|missed)( and (?:met|missed))?\.\n", results.goals(results.read()))
     assert len(met) == 8 and sum("met" not in "".join(words) for words in met) > 3               # "most goals were missed"
     made = {r["name"].removesuffix(f"-n{r['n']}"): r for r in results.of_part(results.read(), "clamp")}
