@@ -237,7 +237,7 @@ class ActivationQuantizer(nn.Module):
     def of_steps(self, batch):
         """s_x and z_x (None: 0) of the step that each sample is at, (batch,): t is the call's, section 5."""
         check_calibrated(self)
-        return (v if v is None else at_step(v, batch) for v in self.scales())
+        return tuple(v if v is None else at_step(v, batch) for v in self.scales())
 
     @kept_while_frozen
     def scales(self):

@@ -11,8 +11,8 @@ loss.png and samples.png (the same noise by float, untrained and trained network
 
 Teacher: noise prediction on 50,000 images with random flips, AdamW, an exponential moving average of the weights (EMA).
 HQ-DM (arXiv 2512.05746): no images. The teacher draws from noise; the quantized student must predict the teacher's
-noise at each of its steps: loss = mean (eps_student - eps_teacher)^2. Trained are LoRA factors, the weights' scales and
-one activation scale per layer and DDIM step (see hqdm.py).
+noise at each of its steps: loss = mean (eps_student - eps_teacher)^2, steps balanced. Trained are LoRA factors, the
+weights' scales and one activation scale per layer and DDIM step (see hqdm.py).
 """
 import copy
 import gzip
@@ -267,7 +267,8 @@ class Carousel:
 
     student: it walks beside the teacher from the same noise, by its own eps, and the batches are of its x_t: there
     the sampler will bring it, and its rounding errors have added up to grain that the teacher's x_t do not have. Its
-    target is the eps that leads from there to the teacher's x_0. (DAgger, Ross et al. 2011,
+    target is the eps that leads from there to the teacher's x_0, a large one where little noise is left: for balance 1.
+    Costs one more evaluation of the student a batch, in each process. (DAgger, Ross et al. 2011,
     https://arxiv.org/abs/1011.0686, learns from where the learner goes; with diffusion one speaks of exposure bias.)
     """
 
@@ -330,7 +331,7 @@ class Carousel:
 def distil(student, optimizer, batches, steps, first=0, balance=0.0):
     """Train the quantized student in place: yields (loss, gradient norm) a step.
 
-    loss = balanced mean of (eps_student - target)^2. Several processes walk alike, and each trains on its rows.
+    loss = mean of (eps_student - target)^2, balanced. Several processes walk alike, and each trains on its rows.
     """
     def loss(x, t, y, eps):
         return balanced((student(x, t, y) - eps).square().mean(dim=(1, 2, 3)), balance)
@@ -342,17 +343,15 @@ def distil(student, optimizer, batches, steps, first=0, balance=0.0):
 
 
 def balanced(errors, balance):
-    """Positive errors (B,) -> their power mean, of exponent 1 - balance; its gradient for clipped steps, see below.
+    """The mean of positive errors (B,), with a gradient in which each counts (its size / 0.001)^-balance.
 
     The error at t = 0 is a hundred times that at most other steps. In a plain mean, balance 0, which is the paper's, it
-    drowns them; at balance 1, the geometric mean, each counts by how far it has come. In the gradient each counts
-    (its size / 0.001)^-balance: most are near 0.001, so the gradient keeps its size, which updater clips, and that of a
-    batch is the mean of its parts', which several processes share.
+    drowns them; at balance 1 each counts by how far it has come, as in the mean of logarithms. 0.001: many errors are
+    about as large, so that the gradient keeps its size, which updater clips.
     """
     sizes = errors.detach()
     steered = (errors * (sizes / 1e-3).clamp(min=1e-9) ** -balance).mean()
-    mean = sizes.log().mean().exp() if balance == 1 else (sizes ** (1 - balance)).mean() ** (1 / (1 - balance))
-    return mean + steered - steered.detach()
+    return sizes.mean() + steered - steered.detach()
 
 
 @torch.no_grad()

@@ -2,14 +2,13 @@
 
     python experiments/steps.py            # on the device at hand; of the other one steps.json keeps what it has
 
-torch.profiler names operators (CPU) or kernels (GPU); each is counted to the first group whose words are in its name:
-the pass of plumbing/blocks.py, with which integers are normalised, too, to rounding.
-What is left of the profiled step is Python on a CPU, idle units on a GPU. The profiler costs a little: `ms`, above each
+torch.profiler names operators (CPU) or kernels (GPU); each is counted to the first group whose words are in its name.
+(So the pass of plumbing/blocks.py that normalises and rounds is rounding.) What is left of the profiled step is Python on a CPU, idle units on a GPU. The profiler costs a little: `ms`, above each
 bar, is the median of steps without it.
 
-The limit, of the integer network: the bytes that must move if each layer reads its float32 input, writes and reads its
-integers and writes float32 once, and each norm reads its input once more, at the speed of a copy; and its multiply-adds
-at the speed of a large int8 product, both measured here.
+The limit, of the integer network's layers and norms: the bytes that must move if each layer reads its float32 input,
+writes and reads its integers and writes float32 once, and each norm reads its input once more, at the speed of a copy;
+and the multiply-adds at the speed of a large int8 product, both measured here. Attention's products are not counted.
 """
 import json
 import re
@@ -44,10 +43,10 @@ def synchronize(device):
     torch.cuda.synchronize() if device.type == "cuda" else None
 
 
-def milliseconds(f, device, n=15):
-    """The median of n calls, after three."""
+def milliseconds(f, device):
+    """The median of 15 calls, after three."""
     times = []
-    for _ in range(3 + n):
+    for _ in range(18):
         synchronize(device)
         start = time.perf_counter()
         f()
@@ -62,7 +61,7 @@ def work(net, inputs):
 
     def layer(m, args, y):
         taps = m.weights.shape.numel() // m.weights.shape[0]
-        moved.append(6 * args[0].numel() + 4 * y.numel())
+        moved.append((4 + 2 * m.dtype.itemsize) * args[0].numel() + 4 * y.numel())
         multiplied.append(y.numel() * taps)
     hooks = [m.register_forward_hook(layer) for m in hqdm.layers(net)]
     hooks += [m.register_forward_hook(lambda m, args, y: moved.append(4 * y.numel())) for m in net.modules() if isinstance(m, GroupNorm)]
@@ -77,9 +76,9 @@ def limit(net, inputs, device):
     moved, multiplied = work(net, inputs)
     n, side = (2**28, 8192) if device.type == "cuda" else (2**25, 2048)
     a, b = torch.ones(n, device=device), torch.empty(n, device=device)
-    q = torch.ones(side, side, dtype=torch.int8, device=device)
+    q = torch.randint(-128, 128, (side, side), dtype=torch.int8, device=device)
     copy_speed = 8 * n / milliseconds(lambda: b.copy_(a), device) / 1e6                      # GB/s
-    int8_speed = side**3 / milliseconds(lambda: torch._int_mm(q, q), device) / 1e9           # 10^12 a second
+    int8_speed = side**3 / milliseconds(lambda: torch._int_mm(q, q.T), device) / 1e9           # 10^12 a second
     return {"gigabytes": round(moved / 1e9, 3), "gigabytes_per_s": round(copy_speed, 1), "ms_to_move": round(moved / copy_speed / 1e6, 2),
             "tera_multiply_adds": round(multiplied / 1e12, 4), "tera_per_s": round(int8_speed, 2),
             "ms_to_multiply": round(multiplied / int8_speed / 1e9, 2)}

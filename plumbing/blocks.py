@@ -1,7 +1,8 @@
 """Not the method, skip it at first reading: unet.py's residual block and attention in integers, in fewer passes.
 
-Norm, SiLU, H and rounding read float32 once and write int8; the integer product adds the time embedding, or the
-residual, where it writes its sums. Operations and their order are the definitions', so are the bits: test_4_integer.py.
+What a norm gives is rounded as it is computed, by one pass that writes integers; the integer product adds the time
+embedding, or the residual, where it writes its sums. Operations and their order are the definitions', so are the bits:
+tests/test_4_integer.py.
 """
 import torch
 import torch.nn as nn
@@ -9,36 +10,47 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from plumbing.kernels import full_float32, has_kernel, on_triton, triton
-from plumbing.norm import scale_and_shift
+from plumbing.norm import scale_and_shift, takes_images
 
 if triton is not None:
     from plumbing.kernels import _quantize_kernel
 
 
-def _takes_integers(x, block, *_):
-    """Whether this module may be computed here: all of it in integers, nothing trained, and nobody looks inside."""
-    if torch.is_grad_enabled() or not on_triton(x) or x.dtype != torch.float32:
+def _takes_block(x, block, *pairs):
+    """Whether a block of these pairs of norm and layer may be computed here for x: all its layers are in integers,
+    nothing is trained, nobody looks inside, and each kernel takes what it is to get.
+    """
+    every, parts = nn.modules.module, list(block.modules())[1:]
+    if torch.is_grad_enabled() or not len(x) or every._global_forward_hooks or every._global_forward_pre_hooks:
         return False
-    parts = list(block.modules())
-    if any(isinstance(m, nn.Dropout) and m.training and m.p or m._forward_hooks or m._forward_pre_hooks
-           for m in parts[1:]):
-        return False
-    layers = [m for m in parts if hasattr(m, "integer") or isinstance(m, (nn.Linear, nn.Conv2d))]
-    return all(getattr(m, "integer", False) for m in layers)
+    for m in parts:
+        dropout = isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p
+        if m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) or dropout:
+            return False
+        if isinstance(m, (nn.Linear, nn.Conv2d)) or not getattr(m, "integer", True):
+            return False
+    return x.dtype == torch.float32 and all(
+        hasattr(norm, "silu") and takes_images(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+        and on_triton(x, width(layer)) for norm, layer in pairs)
+
+
+def width(layer):
+    """How many numbers the rounding kernel takes as a row: a block of H; without H, any."""
+    return layer.activations.block if layer.activations.block > 1 else 32
 
 
 def rounded(norm, layer, x):
     """norm(x), through SiLU where that is its way, then H and rounding: what layer multiplies, and s_x (B,).
 
-    x (B, h, w, C) is read once more after its moments, and the integers written once.
+    x (B, h, w, C) is read for its moments, once more for the rest, and the integers are written once.
     """
     (scale, shift), *_ = scale_and_shift(rearrange(x, "B h w C -> B C h w"), norm.num_groups, norm.weight, norm.bias,
                                          norm.eps)
     quantizer, q, n = layer.activations, torch.empty_like(x, dtype=layer.dtype), x[0].numel()
     s_x, z = (v if v is None else v.contiguous() for v in quantizer.of_steps(len(x)))
-    width = quantizer.block if quantizer.block > 1 else 32
+    K = width(layer)
     _quantize_kernel[(len(x), triton.cdiv(n, 4096))](
-        x, s_x, z, q, n, *quantizer.grid, width, 4096 // width, quantizer.block**-0.5, scale_ptr=scale, shift_ptr=shift,
+        x, s_x, z, q, n, *quantizer.grid, K, 4096 // K, quantizer.block**-0.5, scale_ptr=scale, shift_ptr=shift,
         C=x.shape[-1], SILU=norm.silu)
     return q, s_x
 
@@ -55,14 +67,15 @@ def last(x):
     return rearrange(x, "B C h w -> B h w C").contiguous()
 
 
-@has_kernel("residual", lambda x, block, emb: len(x) and _takes_integers(x, block))
+@has_kernel("residual", lambda x, m, emb: _takes_block(x, m, (m.norm1, m.conv1), (m.norm2, m.conv2)))
 def residual(x, block, emb):
-    r = multiplied(block.conv1, *rounded(block.norm1, block.conv1, last(x)), block.emb(emb))
+    emb = block.emb(emb).expand(len(x), -1)          # one t may be there for all
+    r = multiplied(block.conv1, *rounded(block.norm1, block.conv1, last(x)), emb)
     r = multiplied(block.conv2, *rounded(block.norm2, block.conv2, r), last(block.skip(x)))
     return rearrange(r, "B h w C -> B C h w")
 
 
-@has_kernel("attention", lambda x, block: len(x) and _takes_integers(x, block))
+@has_kernel("attention", lambda x, m: _takes_block(x, m, (m.norm, m.qkv)))
 def attention(x, block):
     x = last(x)
     qkv = multiplied(block.qkv, *rounded(block.norm, block.qkv, x))

@@ -1,6 +1,6 @@
 """Not the method, skip it at first reading: four functions of hqdm.py once more, as one pass over memory each.
 
-hqdm.py marks a definition with @kernel, unet.py its norm (norm.py). On an NVIDIA GPU from Ampere on, a Triton kernel of
+hqdm.py and unet.py (norm.py, blocks.py) mark definitions with @kernel. On an NVIDIA GPU from Ampere on, a kernel of
 the same name and arguments then runs instead (Triton comes with torch on Linux); on a CPU integer products take int8
 instructions (int8.py), and rounding without gradients is in place. tests/test_3 to 5 compare each with its definition.
 HQDM_KERNELS=off in the environment, or ENABLED = False here, leaves the definitions alone. To step through a kernel
@@ -40,7 +40,7 @@ def kernel(definition):
     def choose(x, *args, **kwargs):
         if torch.compiler.is_compiling():            # torch.compile fuses the definitions itself
             return definition(x, *args, **kwargs)
-        if x.device.type not in _said:
+        if x.device.type not in _said and (on_triton(x) or definition.__module__ != "unet"):
             _said.add(x.device.type)
             print(f"kernels: {route(x)}", flush=True)
         return (fast if ENABLED and takes(x, *args, **kwargs) else definition)(x, *args, **kwargs)
@@ -438,7 +438,7 @@ def int_product_triton(q_x, q_w, stride, padding, scales, *shape):
     if pixels:
         OUTS = 64 if O <= 64 else 128                # the fastest of some thirty choices, on an H200
         CHANNELS = 128 if C % 128 == 0 and not all(wide) else 64 if C > 32 else 32
-        samples = [scales[3].numel() < y.numel()] if scales and len(scales) == 4 else []
+        samples = [v.ndim == 2 for v in (scales or ())[3:]]
         _int_kernel[(triton.cdiv(pixels, 128), triton.cdiv(O, OUTS))](
             q_x, w, y, pixels, h, w_in, *shape[1:], C, O, kw, kh * kw, stride, padding, 128, OUTS, CHANNELS, *wide,
             *(v.contiguous() for v in scales or ()), *samples, num_warps=8 if any(wide) else 4, enable_fp_fusion=False)

@@ -104,12 +104,13 @@ if triton is not None:
             tl.store(gx_ptr + offsets, gx.to(gx_ptr.dtype.element_ty), mask)
 
 
-def _takes_images(x, groups, weight, bias, eps, silu=False):
+def takes_images(x, groups, weight, bias, eps, silu=False):
+    """Whether the kernels take these arguments of group_norm."""
     small = x.ndim == 4 and x.shape[2] * x.shape[3] <= 2**16     # chunks that one program can join
     return small and on_triton(x) and weight.dtype == bias.dtype == torch.float32
 
 
-@has_kernel("group_norm", _takes_images)
+@has_kernel("group_norm", takes_images)
 def group_norm(x, groups, weight, bias, eps, silu=False):
     return _GroupNorm.apply(x, groups, weight, bias, eps, silu)
 

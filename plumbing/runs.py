@@ -24,7 +24,7 @@ import torch.distributed as dist
 from . import kernels
 
 # What each kind of checkpoint looks like; a reader refuses other numbers.
-FORMATS = {"float": 1, "judge": 1, "quantized": 3, "training": 3}
+FORMATS = {"float": 1, "judge": 1, "quantized": 3, "training": 4}
 
 
 # ---------------------------------------------------------------- files: whole or not there, tensors and plain values

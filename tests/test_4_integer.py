@@ -270,6 +270,17 @@ def test_integers_on_and_off(unet):
     assert not any(layer.integer for layer in hqdm.layers(unet))
 
 
+def cases(block):
+    """Copies of a residual block in integers, each with something that plumbing/blocks.py must leave to the layers."""
+    made = [copy.deepcopy(block) for _ in range(5)]
+    made[0].conv1.forward = made[0].conv1.forward
+    made[1].dropout = nn.Dropout2d(0.5).train()
+    made[2].norm1 = nn.GroupNorm(32, 32)
+    made[3].norm2.half()
+    made[4].conv2.activations.block = 8              # of H, which Triton's matrix products do not take
+    return made
+
+
 @pytest.mark.skipif(not (torch.cuda.is_available() or kernels.INTERPRETED), reason="needs a GPU, or TRITON_INTERPRET=1")
 @pytest.mark.parametrize("view", "AB")
 @pytest.mark.parametrize("scheme", [hqdm.Scheme(4, 3, block=16), hqdm.Scheme(4, 3, block=16, grid="midrise"), hqdm.Scheme(4, 4, "none"), hqdm.Scheme(8, 8, "none")])
@@ -300,6 +311,9 @@ def test_blocks_in_fewer_passes(scheme, view, monkeypatch):
         assert torch.equal(unet(x, t, y), fake) and len(taken) == len(blocks) and set(taken) == {"residual", "attention"}
         if view == "A":
             return
+        assert torch.equal(unet(x, t[:1], y), fake)                          # one t for all
+        wide, takes = x.repeat(1, 11, 1, 1)[:, :32], kernels.FAST["residual"][0]
+        assert takes(wide, blocks[0], t) and not any(takes(wide, case, t) for case in cases(blocks[0]))
         taken.clear()
         hook = blocks[0].norm1.register_forward_hook(lambda *_: None)
         blocks[-1].norm.register_forward_pre_hook(lambda *_: None)

@@ -20,7 +20,7 @@ from plumbing import kernels
 sys.path.insert(0, str(ROOT / "experiments"))
 README = (ROOT / "README.md").read_text()
 MODULES = ["hqdm", "unet", "sample", "train"]
-KERNELS = ["plumbing/kernels", "plumbing/norm"]
+KERNELS = ["plumbing/kernels", "plumbing/norm", "plumbing/blocks"]
 FILES = [*MODULES, *KERNELS, "plumbing/int8", "plumbing/runs"]
 
 
@@ -137,6 +137,7 @@ def test_what_a_step_has_to_do():
     teacher = copy.deepcopy(net)
     hqdm.quantize_network(net, hqdm.Scheme(), eight_bits=())
     hqdm.calibrate(net, teacher, [(x,)])
+    hqdm.set_integer(net)
     numbers, out = 2 * 32 * 6 * 6, 2 * 5 * 4 * 4
     assert steps.work(net, (x,)) == (4 * numbers + (4 + 1 + 1) * numbers + 4 * out, out * 32 * 3 * 3)
     assert not any(m._forward_hooks for m in net)
