@@ -254,11 +254,11 @@ def clamped(rows):
 def costs(rows):
     """Text: what W4A3 single takes from the bundled teacher on, by batch."""
     made = sorted((r for r in rows if r["part"] == "cost"), key=lambda r: -r["batch"])
-    said = ", ".join(f"{r['seconds']:.0f} s and {r['peak_gib']:.1f} GiB at batch {r['batch']}" for r in made)
+    said = ". ".join(f"Batch {r['batch']}: {r['seconds']:.0f} s and {r['peak_gib']:.1f} GiB" for r in made)
     small = {r["batch"]: r["c_fid"] for r in [*of_part(rows, "side"), *groups(rows)[3, "single"]] if (r["seed"], kind(r)) == (0, "single")
              and PLAIN.items() <= {"walks": "teacher", **r, "batch": 128}.items() and r["block"] == 32}
-    price = f" C-FID at batch 32: {small[32]:.1f} instead of {small[128]:.1f}, as many updates." if {32, 128} <= small.keys() else ""
-    return f"{said} (one {made[0]['hardware']}).{price}\n"
+    price = f", and C-FID {small[32]:.1f} instead of {small[128]:.1f}" if {32, 128} <= small.keys() else ""
+    return f"{said}{price} (one {made[0]['hardware']}).\n"
 
 
 def figure(path, panels, draw):

@@ -44,7 +44,7 @@ CHOSEN = {(4, "single"), (3, "none"), (3, "double"), (3, "single"), (3, "midrise
 def headline():
     """Markdown of the first page: the experiment's main rows, and what they say."""
     rows = results.read()
-    return (f"{results.headline(rows, CHOSEN)[:-1]} `python train.py --wbits 4 --abits 3`, from start to pictures: "
+    return (f"{results.headline(rows, CHOSEN)[:-1]} `python train.py --wbits 4 --abits 3`, from start to pictures. "
             f"{results.costs(rows)}\n{results.finding(rows)}")
 
 

@@ -167,7 +167,7 @@ def test_means_deviations_and_goals_of_the_experiment():
     assert results.headline(made, {(3, "single")}).count("| W4A3 ") == 1
     cost = [{**made[4], "part": "cost", "batch": batch, "seconds": s, "peak_gib": gib} for batch, s, gib in ((32, 90, 2.0), (128, 150, 6.25))]
     assert results.costs([*made, *cost]) == (
-        "150 s and 6.2 GiB at batch 128, 90 s and 2.0 GiB at batch 32 (one x).\n")
+        "Batch 128: 150 s and 6.2 GiB. Batch 32: 90 s and 2.0 GiB (one x).\n")
     assert "at batch 128: 150 s (goal 300), 6.2 GiB (goal under 11): met and met." in results.goals([*made, *cost])
     assert "at batch 128: 301 s (goal 300), 12.0 GiB (goal under 11): missed and missed." in results.goals(
         [*made, {**cost[1], "seconds": 301, "peak_gib": 12}])
