@@ -257,8 +257,8 @@ def costs(rows):
     said = ". ".join(f"Batch {r['batch']}: {r['seconds']:.0f} s and {r['peak_gib']:.1f} GiB" for r in made)
     small = {r["batch"]: r["c_fid"] for r in [*of_part(rows, "side"), *groups(rows)[3, "single"]] if (r["seed"], kind(r)) == (0, "single")
              and PLAIN.items() <= {"walks": "teacher", **r, "batch": 128}.items() and r["block"] == 32}
-    price = f", and C-FID {small[32]:.1f} instead of {small[128]:.1f}" if {32, 128} <= small.keys() else ""
-    return f"{said}{price} (one {made[0]['hardware']}).\n"
+    price = f" Batch 32 costs C-FID, as many updates: {small[32]:.1f} instead of {small[128]:.1f}." if {32, 128} <= small.keys() else ""
+    return f"{said} (one {made[0]['hardware']}).{price}\n"
 
 
 def figure(path, panels, draw):
