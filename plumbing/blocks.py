@@ -20,10 +20,12 @@ def _takes_block(x, block, *pairs):
     """Whether a block of these pairs of norm and layer may be computed here for x: all its layers are in integers,
     nothing is trained, nobody looks inside, and each kernel takes what it is to get.
     """
-    every, parts = nn.modules.module, list(block.modules())[1:]
-    if torch.is_grad_enabled() or not len(x) or every._global_forward_hooks or every._global_forward_pre_hooks:
+    every = nn.modules.module
+    if not on_triton(x) or torch.is_grad_enabled() or not len(x):
         return False
-    for m in parts:
+    if every._global_forward_hooks or every._global_forward_pre_hooks:
+        return False
+    for m in list(block.modules())[1:]:
         dropout = isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p
         if m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) or dropout:
             return False
