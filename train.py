@@ -494,7 +494,7 @@ def parse(argv):
     add("--rank", type=positive, help="of the LoRA factors (32)")
     add("--order", choices=("mixed", "trajectory"), help="of training steps; trajectory is the paper's (mixed)")
     add("--walks", choices=WALKERS, help="whose x_t to learn from: the teacher's, as the paper, or its own (teacher)")
-    add("--balance", type=finite, help="of steps in the loss: 0 alike, as the paper; up to 1 by their own size (0.5)")
+    add("--balance", type=finite, help="of errors in the loss: 0 alike (paper) to 1 by their size (0.5; own walks 1)")
     add("--ddim-steps", type=positive, help="of the sampler, an activation scale each (50; without CUDA 10)")
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=positive, help="updates (defaults depend on the device and are printed)")
@@ -552,7 +552,7 @@ def defaults(args):
     sizes = dict(ddim_steps=50, steps=1000, batch=128) if full else dict(ddim_steps=10, steps=150, batch=8)
     teacher = str(CHECKPOINTS / "teacher.pt")
     return dict(**sizes, lr=1.0, rotation="single", block=32, grid="midtread", rank=32, order="mixed",
-                walks="teacher", balance=0.5, teacher=teacher)
+                walks="teacher", balance=1.0 if args.walks == "student" else 0.5, teacher=teacher)
 
 
 def main(argv=None):

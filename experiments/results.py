@@ -15,6 +15,7 @@ KINDS = {"none": "none", "double": "double", "single": "single", "midrise": "sin
 COLOURS = {"none": "C1", "double": "C3", "single": "C0", "midrise": "C2"}
 # What the experiment was to reach: C-IS as a share of the float model's, and C-FID in times its, at most.
 GOALS = {(4, "single"): (0.99, 1.15), (3, "single"): (0.955, 1.65), (3, "midrise"): (0.97, 1.65)}
+CLAIMED = "+467.73%"             # of the Inception Score at W4A3: the paper's abstract, LDM-4 on ImageNet 256x256
 PAIRS = (("single", "none"), ("double", "none"), ("midrise", "none"), ("double", "single"), ("midrise", "single"))
 FAITHFUL = dict(psnr=29, brightness=1, contrast=0.01)            # and at W4A3: dB at least; grey levels and share, off at most
 
@@ -90,9 +91,10 @@ def finding(rows):
     first = {kind(r): r["c_fid"] for r in of_part(rows, "updates") if r["steps"] == 1}
     ratio = mean(r["c_fid"] for r in found[3, "none"]) / mean(r["c_fid"] for r in found[3, "single"])
     recipe = {r["rotation"]: r["c_is"] for r in of_part(rows, "paper")}
+    four = [mean(r["c_fid"] for r in seeds) for (abits, _), seeds in found.items() if abits == 4]
     return (f"At W4A3 single beats none in every seed, by {spread(lower(3, 'single', 'none'))} in C-FID, and mid-rise beats single by "
             f"{spread(lower(3, 'midrise', 'single'))}. After one update none's C-FID is {first['none'] / first['single']:.1f} times single's (one seed), at the end {ratio:.1f} times. "
-            f"At W4A4 all are close. The paper reports +467.73% Inception Score at W4A3, on ImageNet; by its recipe we find {recipe['single'] / recipe['none'] - 1:+.0%}.\n"
+            f"At W4A4 all lie between {min(four):.1f} and {max(four):.1f}. The paper reports {CLAIMED} Inception Score at W4A3, on ImageNet; by its recipe we find {recipe['single'] / recipe['none'] - 1:+.0%}.\n"
             f"Double is ahead of single in every seed, by {spread(lower(3, 'double', 'single'))}: that rotating the weights does harm, as the paper says, does not hold here. "
             f"C-FID stays {times('single')} times float's, {times('midrise')} with mid-rise: most of the goals that we had set were missed (all rows: [experiments/README.md](experiments/README.md)).\n")
 
@@ -161,12 +163,13 @@ def tune(rows):
 
 
 # Rows of the table of one change each: what it says, the part, and what these rows alone have.
-SIDE = [("as above, seed 0", "headline", {}), ("double, mid-rise grid", "side", dict(rotation="double", grid="midrise")), ("block 8", "side", dict(block=8)), ("block 16", "side", dict(block=16)),
-        ("block 64", "side", dict(block=64)), ("LoRA of rank 4", "side", dict(rank=4)), ("batch 32", "side", dict(batch=32)),
+SIDE = [("as above, seed 0", "headline", {}), ("double, mid-rise grid", "side", dict(rotation="double", grid="midrise")),
+        ("block 8", "side", dict(block=8)), ("block 16", "side", dict(block=16)), ("block 64", "side", dict(block=64)), ("LoRA of rank 4", "side", dict(rank=4)), ("batch 32", "side", dict(batch=32)),
         ("1 update", "updates", dict(steps=1)), ("4,000 updates", "updates", dict(steps=4000)),
         ("4,000 updates, balance 1", "side", dict(steps=4000, balance=1.0)), ("W3A3", "side", dict(wbits=3)), ("W4A2", "side", dict(abits=2)),
         *((f"{n} DDIM steps", "side", dict(ddim_steps=n)) for n in (10, 20, 100)), ("the paper's recipe", "paper", dict(steps=16_000))]
-PLAIN = dict(walks="teacher", wbits=4, abits=3, seed=0, ddim_steps=50, steps=1000, balance=0.5, batch=128, rank=32)     # block: none has its own
+# What all others have; not the block, for none has its own.
+PLAIN = dict(walks="teacher", wbits=4, abits=3, seed=0, ddim_steps=50, steps=1000, balance=0.5, batch=128, rank=32)
 
 
 def side(rows):
@@ -203,7 +206,7 @@ def paper(rows):
     return (f"**The paper's own recipe** ({none['steps']:,} updates of batch {none['batch']} in the order of the walk, the paper's rates, {none['ddim_steps']} "
             f"steps, a plain mean; the baseline's zero points as EfficientDM finds them, both ends shrunk together): C-IS of float "
             f"{top['c_is']:.2f}, none {none['c_is']:.2f}, single {single['c_is']:.2f}, so single's is {single['c_is'] / none['c_is'] - 1:.0%} above none's. The paper "
-            f"reports +467.73% at W4A3 (+12.8% at W4A4) for LDM-4 on ImageNet at 256x256. So by this recipe the transform gains much here, too, if less. By ours, which "
+            f"reports {CLAIMED} at W4A3 (+12.8% at W4A4) for LDM-4 on ImageNet at 256x256. So by this recipe the transform gains much here, too, if less. By ours, which "
             f"differs in zero points, rates, order, batch and updates, and with as many steps, it gains little: none {ours['none']['c_is']:.2f}, single {ours['single']['c_is']:.2f}. "
             f"Which of these makes the baseline strong was not taken apart; short runs below point at its zero points. Double ({double['c_is']:.2f}) does as well as single.\n")
 
@@ -213,9 +216,10 @@ def updates(rows):
     made = {(kind(r), r["steps"]): r for r in of_part(rows, "updates") + [r for r in of_part(rows, "headline") if (r["abits"], r["seed"]) == (3, 0)]}
     counts = sorted({steps for name, steps in made if ("none", steps) in made and ("single", steps) in made})
     ratios = [made["none", n]["c_fid"] / made["single", n]["c_fid"] for n in counts]
-    gains = [made[k, a][key] < made[k, b][key] for k in ("none", "single", "midrise") for a, b in [counts[-2:]] for key in ("c_is", "brightness")]
-    falls = [made[k, a][key] > made[k, b][key] for k in ("none", "single", "midrise") for a, b in [counts[-2:]] for key in ("c_fid", "psnr")]
-    if sorted(ratios, reverse=True)[:2] != ratios[:2] or min(ratios) < 1 or not all(gains + falls):
+    before, after = counts[-2:]
+    rose = [made[k, after][key] > made[k, before][key] for k in ("none", "single", "midrise") for key in ("c_is", "brightness")]
+    fell = [made[k, after][key] < made[k, before][key] for k in ("none", "single", "midrise") for key in ("c_fid", "psnr")]
+    if sorted(ratios, reverse=True)[:2] != ratios[:2] or min(ratios) < 1 or not all(rose + fell):
         raise ValueError("what is said of the updates holds no more: write it anew")
     last = {name: made[name, counts[-1]]["c_fid"] for name in KINDS if (name, counts[-1]) in made}
     return (f"![C-FID, C-IS and PSNR against the number of updates](updates.png)\n**When does H matter?** Most at the beginning of training: after "

@@ -3,8 +3,8 @@
     python experiments/steps.py            # on the device at hand; of the other one steps.json keeps what it has
 
 torch.profiler names operators (CPU) or kernels (GPU); each is counted to the first group whose words are in its name.
-(So the pass of plumbing/blocks.py that normalises and rounds is rounding.) What is left of the profiled step is Python on a CPU, idle units on a GPU. The profiler costs a little: `ms`, above each
-bar, is the median of steps without it.
+(So the pass of plumbing/blocks.py that normalises and rounds is rounding.) What is left of the profiled step is Python
+on a CPU, idle units on a GPU. The profiler costs a little: `ms`, above each bar, is the median of steps without it.
 
 The limit, of the integer network's layers and norms: the bytes that must move if each layer reads its float32 input,
 writes and reads its integers and writes float32 once, and each norm reads its input once more, at the speed of a copy;

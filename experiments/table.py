@@ -49,7 +49,7 @@ def headline():
 
 
 def experiment():
-    """Markdown: all rows of the experiment's main part, and what real images get; goals; the clamp; what was tuned; one change at a time."""
+    """Markdown: all rows of the experiment's main part, and what real images get; goals; the clamp; one change at a time."""
     rows, real = results.read(), read("real.json")["rows"]["test images"]
     return (f"{results.headline(rows)}\n± is one standard deviation of the seeds. {real['n']:,} real test images get C-FID {real['c_fid']:.1f}, C-IS {real['c_is']:.2f} "
             f"and class accuracy {real['accuracy']:.1%} (`real.json`).\n\n**Goals, which we set beforehand, met and missed:**\n\n{results.goals(rows)}\n{results.pairs(rows)}\n"

@@ -21,9 +21,8 @@ def _takes_block(x, block, *pairs):
     nothing is trained, nobody looks inside, and each kernel takes what it is to get.
     """
     every = nn.modules.module
-    if not on_triton(x) or torch.is_grad_enabled() or not len(x):
-        return False
-    if every._global_forward_hooks or every._global_forward_pre_hooks:
+    watched = every._global_forward_hooks or every._global_forward_pre_hooks
+    if not on_triton(x) or torch.is_grad_enabled() or not len(x) or watched:
         return False
     for m in list(block.modules())[1:]:
         dropout = isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p

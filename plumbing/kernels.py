@@ -40,7 +40,8 @@ def kernel(definition):
     def choose(x, *args, **kwargs):
         if torch.compiler.is_compiling():            # torch.compile fuses the definitions itself
             return definition(x, *args, **kwargs)
-        if x.device.type not in _said and (on_triton(x) or definition.__module__ != "unet"):
+        quantized = definition.__module__ != "unet"  # the float network has kernels on a GPU alone
+        if x.device.type not in _said and (on_triton(x) or quantized):
             _said.add(x.device.type)
             print(f"kernels: {route(x)}", flush=True)
         return (fast if ENABLED and takes(x, *args, **kwargs) else definition)(x, *args, **kwargs)

@@ -8,13 +8,12 @@ import torch
 
 from plumbing.kernels import has_kernel, on_triton, triton
 
-if triton is not None:
-    from plumbing.kernels import _normalised
-
 PIXELS, CHANNELS = 64, 64        # a program's tile
 
 if triton is not None:
     import triton.language as tl
+
+    from plumbing.kernels import _normalised
 
     @triton.jit
     def _tile(P, C, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):

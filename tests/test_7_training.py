@@ -716,7 +716,7 @@ def test_options_of_a_quantized_run_arrive(order, walks, teacher_file, tmp_path,
         train.main(arguments(teacher_file, tmp_path, "--order", order, "--lr", "2", "--seed", "3", "--rank", "2",
                              *["--balance", "0"] * (order == "trajectory"), *["--walks", "student"] * (walks == "student")))
     student, optimizer, batches, steps, first, balance = got
-    assert balance == (0 if order == "trajectory" else 0.5)                  # the paper's, a plain mean; the default
+    assert balance == (0 if order == "trajectory" else 1 if walks == "student" else 0.5)     # the paper's; the defaults
     assert [g["initial_lr"] for g in optimizer.param_groups] == [g["lr"] for g in train.parameter_groups(student, 2.0)]
     assert student.hqdm == SCHEME._replace(rank=2) and (steps, first) == (8, 0)
     asked, together = batches.gi_frame.f_locals, order == "trajectory"
