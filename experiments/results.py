@@ -15,6 +15,7 @@ KINDS = {"none": "none", "double": "double", "single": "single", "midrise": "sin
 COLOURS = {"none": "C1", "double": "C3", "single": "C0", "midrise": "C2"}
 # What the experiment was to reach: C-IS as a share of the float model's, and C-FID in times its, at most.
 GOALS = {(4, "single"): (0.99, 1.15), (3, "single"): (0.955, 1.65), (3, "midrise"): (0.97, 1.65)}
+LOSS_SINCE = "2026-11-29"        # train.balanced: samples count by their own errors, before it steps by the untrained ones
 CLAIMED = "+467.73%"             # of the Inception Score at W4A3: the paper's abstract, LDM-4 on ImageNet 256x256
 PAIRS = (("single", "none"), ("double", "none"), ("midrise", "none"), ("double", "single"), ("midrise", "single"))
 FAITHFUL = dict(psnr=29, brightness=1, contrast=0.01)            # and at W4A3: dB at least; grey levels and share, off at most
@@ -71,6 +72,8 @@ def headline(rows, chosen=None):
             f"of training seeds {', '.join(map(str, seeds))}, {first['steps']:,} updates each at balance {first['balance']:g}, on "
             f"{first['hardware']} (`python experiments/grid.py headline`; rows that "
             f"`experiments/results.json` has are not made again).")
+    if max(r.get("date", LOSS_SINCE) for r in of_part(rows, "headline")) < LOSS_SINCE:
+        note += " These models' loss weighed DDIM steps, the present one weighs samples: a GPU has not compared them yet."
     return "\n".join([*lines, note]) + "\n"
 
 

@@ -55,7 +55,7 @@ def experiment():
             f"and class accuracy {real['accuracy']:.1%} (`real.json`).\n\n**Goals, which we set beforehand, met and missed:**\n\n{results.goals(rows)}\n{results.pairs(rows)}\n"
             f"{results.clamped(rows)}\n"
             f"**Tried** with three kinds at W4A3; of settings that the spread of "
-            f"seeds hardly tells apart, one for all was taken, balance 0.5 and rates x 1:\n\n{results.tune(rows)}\nRows of before 2026-11-29 weighed a step by its error before training; "
+            f"seeds hardly tells apart, one for all was taken, balance 0.5 and rates x 1:\n\n{results.tune(rows)}\nRows of before {results.LOSS_SINCE} weighed a step by its error before training; "
             f"the code now weighs each sample by its own (`train.balanced`).\n\n**One change at a time**, W4A3:\n\n{results.side(rows)}\n"
             f"{results.paper(rows)}\n{results.updates(rows)}\n{results.spoiled(rows)}")
 
