@@ -265,16 +265,16 @@ class Carousel:
     twice, so nothing can be learned by heart. together: all walks start at t = T-1; with n = batch they stay together,
     and that is the paper's order.
 
-    student: it walks beside the teacher from the same noise, by its own eps, and the batches are of its x_t: there
+    own: the student walks beside the teacher from the same noise, by its own eps, and the batches are of its x_t: there
     the sampler will bring it, and its rounding errors have added up to grain that the teacher's x_t do not have. Its
     target is the eps that leads from there to the teacher's x_0, a large one where little noise is left: for balance 1.
-    Costs one more evaluation of the student a batch, in each process. (DAgger, Ross et al. 2011,
-    https://arxiv.org/abs/1011.0686, learns from where the learner goes; with diffusion one speaks of exposure bias.)
+    Its walks wait until advance() is told what it said. (DAgger, Ross et al. 2011, https://arxiv.org/abs/1011.0686,
+    learns from where the learner goes; with diffusion one speaks of exposure bias.)
     """
 
-    def __init__(self, teacher, n, timesteps, seed, together=False, student=None):
+    def __init__(self, teacher, n, timesteps, seed, together=False, own=False):
         device = next(teacher.parameters()).device
-        self.eps, self.classes, self.student = recorded(teacher, device), teacher.classes, None
+        self.eps, self.classes, self.own = recorded(teacher, device), teacher.classes, None
         self.t = torch.tensor(timesteps, device=device)                      # (S,), from T-1 down to 0
         abar = alpha_bars(device)[self.t]
         self.abar = torch.cat([abar, torch.ones(1, device=device)])          # (S + 1,): 1 has no noise
@@ -285,8 +285,8 @@ class Carousel:
         for step in range(int(start.max())):                                 # walk each to a step of its own
             for walks in (start > step).nonzero()[:, 0].to(device).split(256):
                 self.move(walks)
-        if student is not None:
-            self.student, self.own = recorded(student, device), self.x.clone()               # its x_t
+        if own:
+            self.own = self.x.clone()                                        # the student's x_t
 
     def fresh(self, n):
         """Noise (n, 3, 32, 32) and labels (n,), "none" among them."""
@@ -306,12 +306,17 @@ class Carousel:
         end = rearrange(arrived, "B -> B 1 1 1")
         self.x[walks] = torch.where(end, noise, x_s)
         self.y[walks], self.step[walks] = torch.where(arrived, label, y), torch.where(arrived, 0, step + 1)
-        if self.student is not None:
+        if self.own is not None:
             x = self.own[walks].contiguous(memory_format=torch.channels_last)
-            x_s, _ = ddim_step(x, self.student(x, t, y), a_t, a_s)
-            self.own[walks] = torch.where(end, noise, x_s)
             eps = (x - a_t**0.5 * x_0) / (1 - a_t) ** 0.5                    # ddim_step(x, eps, ..) finds the same x_0
+            self.under_way = walks, x, a_t, a_s, end, noise
         return x, t, y, eps
+
+    @torch.no_grad()
+    def advance(self, eps):
+        """Own walks: the student's of the last batch take their step, too, by the eps that it said for their x_t."""
+        walks, x, a_t, a_s, end, noise = self.under_way
+        self.own[walks] = torch.where(end, noise, ddim_step(x, eps, a_t, a_s)[0])
 
     def batches(self, batch, steps, seed, first=0):
         """The batches (x_t, t, y, target) of the updates first .. steps - 1."""
@@ -320,7 +325,7 @@ class Carousel:
             yield self.move(torch.randperm(len(self.x), device=self.t.device)[:batch])
 
     def state_dict(self):
-        own = {} if self.student is None else {"own": self.own}
+        own = {} if self.own is None else {"own": self.own}
         return {"x": self.x, "y": self.y, "step": self.step, **own}
 
     def load_state_dict(self, state):
@@ -328,18 +333,27 @@ class Carousel:
             v.copy_(state[name])
 
 
-def distil(student, optimizer, batches, steps, first=0, balance=0.0):
+def distil(student, optimizer, batches, steps, first=0, balance=0.0, advance=None):
     """Train the quantized student in place: yields (loss, gradient norm) a step.
 
     loss = mean of (eps_student - target)^2, balanced. Several processes walk alike, and each trains on its rows.
+    advance: a function that is told eps_student of each batch.
     """
-    def loss(x, t, y, eps):
-        return balanced((student(x, t, y) - eps).square().mean(dim=(1, 2, 3)), balance)
+    said = None
+
+    def loss(x, t, y, target):
+        eps = student(x, t, y)
+        said.copy_(eps.detach())                     # out of a step that may be recorded
+        return balanced((eps - target).square().mean(dim=(1, 2, 3)), balance)
 
     update = updater(optimizer, loss, next(student.parameters()).device)
     for step, batch in enumerate(batches, start=first):
         x, *rest = (v[my_rows()] for v in batch)
-        yield update(decay(step, steps, shape="linear"), x.contiguous(memory_format=torch.channels_last), *rest)
+        said = torch.empty_like(x) if said is None else said
+        result = update(decay(step, steps, shape="linear"), x.contiguous(memory_format=torch.channels_last), *rest)
+        if advance:
+            advance(rows_of_all(said))
+        yield result
 
 
 def balanced(errors, balance):
@@ -416,12 +430,12 @@ def train_student(run, teacher, scheme, order):
 
     optimizer = adamw(parameter_groups(student, s["lr"]), device)
     walkers = s["batch"] * (1 if together else WALKERS[s["walks"]])
-    carousel = Carousel(teacher, walkers, scheme.timesteps, s["seed"] + 3_000_000, together,
-                        student if s["walks"] == "student" else None)
+    own = s["walks"] == "student"
+    carousel = Carousel(teacher, walkers, scheme.timesteps, s["seed"] + 3_000_000, together, own)
     run.restore(model=student, optimizer=optimizer, carousel=carousel)
     print(f"training ({run.seconds():.0f} s)", flush=True)
     batches = carousel.batches(s["batch"], s["steps"], s["seed"], len(run.losses))
-    updates = distil(student, optimizer, batches, s["steps"], len(run.losses), s["balance"])
+    updates = distil(student, optimizer, batches, s["steps"], len(run.losses), s["balance"], own and carousel.advance)
     run.follow(run.measure(updates, max(1, s["steps"] // 10), lambda step: {"eps_errors": eps_errors(net, unseen)}))
     if world()[0] == 0:
         finish_student(run, student, unseen, before, pictures, rows)

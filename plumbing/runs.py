@@ -299,14 +299,15 @@ def my_rows():
 
 
 def rows_of_all(mine):
-    """This process's rows of a tensor on the CPU -> the rows of all processes, in their order."""
-    parts = [mine] * world()[1]
-    if world()[1] > 1:
-        dist.all_gather_object(parts, mine)
-    whole = mine.new_empty(sum(map(len, parts)), *mine.shape[1:])
+    """This process's rows of a tensor -> the rows of all processes, in their order."""
+    if world()[1] == 1:
+        return mine
+    parts = [None] * world()[1]
+    dist.all_gather_object(parts, mine.cpu())
+    whole = torch.empty(sum(map(len, parts)), *mine.shape[1:], dtype=mine.dtype)
     for rank, part in enumerate(parts):
         whole[rank::len(parts)] = part
-    return whole
+    return whole.to(mine.device)
 
 
 def same_start(model):

@@ -170,11 +170,19 @@ class Teacher(torch.nn.Module):
         return 0.4 * x.roll(1, 3) + 0.2 * x + (t / 5000 + y / 50).view(-1, 1, 1, 1)
 
 
-def ride(carousel, *args):
-    """The batches of carousel.batches(*args): for each a list of (walk, x_t, t, y, eps), sorted by walk."""
+def told(carousel, *args, student=None, **more):
+    """carousel.batches(*args); after each the carousel is told what a student says, if it asks."""
+    for x, t, y, target in carousel.batches(*args, **more):
+        yield x, t, y, target
+        if student:
+            carousel.advance(student(x, t, y))
+
+
+def ride(carousel, *args, student=None):
+    """The batches of told(..): for each a list of (walk, x_t, t, y, eps), sorted by walk."""
     taken, move = [], carousel.move
     carousel.move = lambda walks: taken.append(walks.tolist()) or move(walks)
-    batches = list(carousel.batches(*args))
+    batches = list(told(carousel, *args, student=student))
     carousel.move = move
     return [sorted(zip(walks, *batch), key=lambda row: row[0]) for walks, batch in zip(taken, batches)]
 
@@ -211,15 +219,15 @@ def test_a_walk_is_the_samplers():
 
 @pytest.mark.parametrize("together", [False, True])
 def test_the_student_walks_beside_the_teacher(together):
-    """With student=: x_t are unet.ddim's of the student, from the noise of the teacher's walk; each target leads to
+    """Own walks: x_t are unet.ddim's of the student, from the noise of the teacher's walk; each target leads to
     the teacher's x_0 of that step. Walks that were under way when it joined begin where the teacher was.
     """
     teacher, student, times = Teacher(), Teacher(), tuple(ddim_timesteps(5).tolist())
     student.forward = lambda x, t, y: 1.1 * Teacher.forward(student, x, t, y) - 0.05
-    made = train.Carousel(teacher, 8, times, 0, together, student)
+    made = train.Carousel(teacher, 8, times, 0, together, own=True)
     assert torch.equal(made.own, made.x)
     paths, followed = {}, 0
-    for batch in ride(made, 8 if together else 4, 60, 0):
+    for batch in ride(made, 8 if together else 4, 60, 0, student=student):
         for walk, *row in batch:
             paths.setdefault(walk, []).append(row)
     for path in paths.values():
@@ -261,13 +269,13 @@ def test_paper_order_is_the_teachers_walk():
 def test_a_resumed_carousel_goes_on(together, student):
     """From its state_dict and the next update: the batches of an unbroken one, bit for bit. Another seed has others."""
     def made(seed=1):
-        return train.Carousel(Teacher(), 6, TIMES, seed, together, student)
-    whole, first, second = list(made().batches(3, 8, 0)), made(), made(seed=2)
-    other = list(made().batches(3, 8, 1))
-    list(first.batches(3, 5, 0))
+        return train.Carousel(Teacher(), 6, TIMES, seed, together, bool(student))
+    whole, first, second = list(told(made(), 3, 8, 0, student=student)), made(), made(seed=2)
+    other = list(told(made(), 3, 8, 1, student=student))
+    list(told(first, 3, 5, 0, student=student))
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     torch.rand(7)                                                # all randomness comes from (seed, update)
-    rest = list(second.batches(3, 8, 0, first=5))
+    rest = list(told(second, 3, 8, 0, first=5, student=student))
     assert len(whole) == 8 and len(rest) == 3
     assert all(torch.equal(p, q) for a, b in zip(whole[5:], rest) for p, q in zip(a, b))
     assert not any(torch.equal(a[0], b[0]) for a, b in zip(whole, other))
@@ -403,6 +411,17 @@ def test_distillation_loss_is_the_mean_squared_error():
         optimizer = runs.adamw(train.parameter_groups(mine), torch.device("cpu"))
         loss, _ = next(train.distil(mine, optimizer, [batch], 1, 0, balance))
         assert_close(loss, (student(x, t, y) - eps).square().mean().detach())
+
+
+def test_distillation_tells_what_the_student_said():
+    """advance gets the student's eps of each batch, of all its rows, from before the update."""
+    teacher = tiny_unet()
+    student, heard = train.quantized_copy(teacher, SCHEME, train.trajectories(teacher, 2, len(TIMES), 0)), []
+    batches = list(train.Carousel(teacher, 8, TIMES, seed=1).batches(4, 3, 0))
+    optimizer, expected = runs.adamw(train.parameter_groups(student), torch.device("cpu")), [student(*batches[0][:3])]
+    for _ in train.distil(student, optimizer, batches, 3, advance=lambda eps: heard.append(eps.clone())):
+        expected += [student(*batch[:3]) for batch in batches[len(expected):len(expected) + 1]]
+    assert len(heard) == 3 and all(map(torch.equal, heard, expected)) and not heard[0].requires_grad
 
 
 def test_balance_of_the_loss():
@@ -715,7 +734,7 @@ def test_options_of_a_quantized_run_arrive(order, walks, teacher_file, tmp_path,
     with pytest.raises(InterruptedError):
         train.main(arguments(teacher_file, tmp_path, "--order", order, "--lr", "2", "--seed", "3", "--rank", "2",
                              *["--balance", "0"] * (order == "trajectory"), *["--walks", "student"] * (walks == "student")))
-    student, optimizer, batches, steps, first, balance = got
+    student, optimizer, batches, steps, first, balance, advance = got
     assert balance == (0 if order == "trajectory" else 1 if walks == "student" else 0.5)     # the paper's; the defaults
     assert [g["initial_lr"] for g in optimizer.param_groups] == [g["lr"] for g in train.parameter_groups(student, 2.0)]
     assert student.hqdm == SCHEME._replace(rank=2) and (steps, first) == (8, 0)
@@ -723,7 +742,7 @@ def test_options_of_a_quantized_run_arrive(order, walks, teacher_file, tmp_path,
     assert [asked[k] for k in ("batch", "steps", "seed", "first")] == [4, 8, 3, 0]
     assert asked["self"].t.tolist() == list(TIMES)
     assert len(asked["self"].x) == (4 if together else 4 * train.WALKERS[walks]) and bool(asked["self"].step.any()) != together
-    assert asked["self"].student is (student if walks == "student" else None)
+    assert (asked["self"].own is None, advance) == ((False, asked["self"].advance) if walks == "student" else (True, False))
 
 
 def test_options_of_a_teacher_arrive(tmp_path, monkeypatch):
