@@ -52,7 +52,7 @@ def rounded(norm, layer, x):
     K = width(layer)
     _quantize_kernel[(len(x), triton.cdiv(n, 4096))](
         x, s_x, z, q, n, *quantizer.grid, K, 4096 // K, quantizer.block**-0.5, scale_ptr=scale, shift_ptr=shift,
-        C=x.shape[-1], SILU=norm.silu)
+        C=x.shape[-1], SILU=norm.silu, enable_fp_fusion=False)
     return q, s_x
 
 

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 
 import hqdm
 from conftest import DEVICES, ROOT, small_unet, tiny_unet
-from plumbing import int8, kernels
+from plumbing import blocks, int8, kernels
 
 
 def conv_int64(q_x, q_w, stride, padding):
@@ -324,6 +325,25 @@ def test_blocks_in_fewer_passes(scheme, view, monkeypatch):
         assert torch.equal(unet(x, t, y), fake) and len(taken) == len(blocks) - 2
         taken.clear()
     assert torch.equal(unet(x, t, y).detach(), fake) and not taken           # with gradients
+
+
+@pytest.mark.skipif(not (torch.cuda.is_available() or kernels.INTERPRETED), reason="needs a GPU, or TRITON_INTERPRET=1")
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("block", [1, 32])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32])
+def test_one_pass_has_the_bits_of_two(dtype, block, silu):
+    """Norm and rounding at once, on a grid of steps as fine as float32's own: each bit of H norm(x) / s is seen."""
+    device, module = torch.device(DEVICES[-1]), sys.modules["unet"]
+    x = torch.randn(3, 64, 16, 8, device=device).contiguous(memory_format=torch.channels_last)
+    norm, s = module.GroupNorm(64, silu).to(device), torch.tensor([3e-6, 7e-7, 1.1e-6], device=device)
+    z = None if block > 1 else torch.tensor([5.0, 0.0, -3.0], device=device)
+    quantizer = types.SimpleNamespace(block=block, grid=hqdm.Grid(-2**22, 2**22, 1), of_steps=lambda n: (s, z))
+    layer = types.SimpleNamespace(activations=quantizer, dtype=dtype)
+    with torch.no_grad():
+        y = blocks.last(module.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu))
+        expected = kernels.rotate_and_quantize(y, s, z, quantizer.grid, block, torch.float32)
+        q, s_x = blocks.rounded(norm, layer, blocks.last(x))
+    assert q.dtype == dtype and torch.equal(q.float(), expected) and s_x is s and expected.abs().max() > 2**21
 
 
 def test_views_need_no_float():
