@@ -369,9 +369,12 @@ class HQLayer(nn.Module):
         if self.integer:
             largest = int(q_w.abs().max()) if frozen else k * (2**self.scheme.wbits - 1)
             return q_w.detach().to(narrow(largest)), s_w
-        # No sum, whole or partial, is larger than this. A GPU's TF32 units also want operands of 11 bits.
-        largest = int(q_w.abs().flatten(1).sum(1).max()) * self.activations.q_max if frozen else 0
-        wide = largest >= 2**24 or largest and q_w.is_cuda and q_w.abs().max() > 2**11
+        if not frozen:
+            return q_w, s_w
+        (_, z), q_max = self.activations.scales(), self.activations.q_max
+        reach = q_max if z is None else torch.maximum(z, q_max - z).max()        # of |q_x|
+        # No sum, whole or partial, is larger than the product. A GPU's TF32 units also want operands of 11 bits.
+        wide = q_w.abs().flatten(1).sum(1).max() * reach >= 2**24 or q_w.is_cuda and q_w.abs().max() > 2**11
         return q_w.double() if wide else q_w, s_w
 
     @exact_or_said

@@ -10,9 +10,10 @@ Each run leaves in runs/NAME/: model.pt (what sample.py draws from), last.pt (wh
 loss.png and samples.png (the same noise by float, untrained and trained networks). Times and scores: README.md.
 
 Teacher: noise prediction on 50,000 images with random flips, AdamW, an exponential moving average of the weights (EMA).
-HQ-DM (arXiv 2512.05746): no images. The teacher draws from noise; the quantized student must predict the teacher's
-noise at each of its steps: loss = mean (eps_student - eps_teacher)^2, steps balanced. Trained are LoRA factors, the
-weights' scales and one activation scale per layer and DDIM step (see hqdm.py).
+HQ-DM (arXiv 2512.05746): no images. Teacher and quantized student draw from the same noise; at each of its steps the
+student must predict the eps that leads to the teacher's picture: loss = mean (eps_student - target)^2, large errors
+balanced. Trained are LoRA factors, the weights' scales and one activation scale per layer and DDIM step (see hqdm.py).
+The paper's own way: --walks teacher --order trajectory --balance 0.
 """
 import copy
 import gzip
@@ -253,10 +254,6 @@ def trajectories(teacher, n, steps, seed):
     return [(x_t, torch.full_like(y, t), y, eps) for t, x_t, eps, _ in walk]
 
 
-# How many walks for each image of a batch: of the student fewer, so that each goes on sooner, with the latest student.
-WALKERS = {"teacher": 16, "student": 4}
-
-
 class Carousel:
     """Where the student's batches come from: n walks from noise to picture at once, at all DDIM steps.
 
@@ -267,9 +264,9 @@ class Carousel:
 
     own: the student walks beside the teacher from the same noise, by its own eps, and the batches are of its x_t: there
     the sampler will bring it, and its rounding errors have added up to grain that the teacher's x_t do not have. Its
-    target is the eps that leads from there to the teacher's x_0, a large one where little noise is left: for balance 1.
-    Its walks wait until advance() is told what it said. (DAgger, Ross et al. 2011, https://arxiv.org/abs/1011.0686,
-    learns from where the learner goes; with diffusion one speaks of exposure bias.)
+    target is the eps that leads from there to the teacher's x_0, a large one where little noise is left. Its walks wait
+    until advance() is told what it said. (DAgger, Ross et al. 2011, https://arxiv.org/abs/1011.0686, learns from where
+    the learner goes; with diffusion one speaks of exposure bias.)
     """
 
     def __init__(self, teacher, n, timesteps, seed, together=False, own=False):
@@ -357,15 +354,13 @@ def distil(student, optimizer, batches, steps, first=0, balance=0.0, advance=Non
 
 
 def balanced(errors, balance):
-    """The mean of positive errors (B,), with a gradient in which each counts (its size / 0.001)^-balance.
+    """The mean of positive errors (B,), each weighed by (its size / 0.001)^-balance, a constant to the gradient.
 
     The error at t = 0 is a hundred times that at most other steps. In a plain mean, balance 0, which is the paper's, it
     drowns them; at balance 1 each counts by how far it has come, as in the mean of logarithms. 0.001: many errors are
     about as large, so that the gradient keeps its size, which updater clips.
     """
-    sizes = errors.detach()
-    steered = (errors * (sizes / 1e-3).clamp(min=1e-9) ** -balance).mean()
-    return sizes.mean() + steered - steered.detach()
+    return (errors * (errors.detach() / 1e-3).clamp(min=1e-9) ** -balance).mean()
 
 
 @torch.no_grad()
@@ -429,9 +424,8 @@ def train_student(run, teacher, scheme, order):
     pictures = untrained_pictures(teacher, student, walks, 8 if few else 16, s["seed"])
 
     optimizer = adamw(parameter_groups(student, s["lr"]), device)
-    walkers = s["batch"] * (1 if together else WALKERS[s["walks"]])
-    own = s["walks"] == "student"
-    carousel = Carousel(teacher, walkers, scheme.timesteps, s["seed"] + 3_000_000, together, own)
+    walks, own = s["batch"] * (1 if together else 16), s["walks"] == "student"
+    carousel = Carousel(teacher, walks, scheme.timesteps, s["seed"] + 3_000_000, together, own)
     run.restore(model=student, optimizer=optimizer, carousel=carousel)
     print(f"training ({run.seconds():.0f} s)", flush=True)
     batches = carousel.batches(s["batch"], s["steps"], s["seed"], len(run.losses))
@@ -447,8 +441,8 @@ def finish_student(run, student, unseen, before, pictures, rows):
     hqdm.freeze(student)
     after = eps_errors(recorded(student, device), unseen)
     mean, trained, median = np.mean(before), np.mean(after), np.median(np.divide(before, after))
-    print(f"eps error without training {mean:.5f}, trained {trained:.5f}: {mean / trained:.1f} times smaller; "
-          f"at the median of the {len(after)} steps {median:.1f} times", flush=True)
+    print(f"eps error: {median:.1f} times smaller than without training at the median of the {len(after)} steps; mean, "
+          f"which is mostly the last step's, {mean:.5f} -> {trained:.5f}", flush=True)
     state = {k: v.cpu() for k, v in student.state_dict().items()}
     path, n = run.out / "model.pt", len(pictures["float"])
     save_checkpoint(path, kind="quantized", unet=student.config, scheme=scheme._asdict(), model=state)
@@ -507,8 +501,8 @@ def parse(argv):
     add("--grid", choices=hqdm.GRIDS, help="of rotated activations: with 0 (the paper's), or all 2^b codes (midtread)")
     add("--rank", type=positive, help="of the LoRA factors (32)")
     add("--order", choices=("mixed", "trajectory"), help="of training steps; trajectory is the paper's (mixed)")
-    add("--walks", choices=WALKERS, help="whose x_t to learn from: the teacher's, as the paper, or its own (teacher)")
-    add("--balance", type=finite, help="of errors in the loss: 0 alike (paper) to 1 by their size (0.5; own walks 1)")
+    add("--walks", choices=("teacher", "student"), help="whose x_t to learn from: the teacher's (paper) or its own (student)")
+    add("--balance", type=finite, help="of errors in the loss: 0 alike (paper) to 1 by their size (0.75)")
     add("--ddim-steps", type=positive, help="of the sampler, an activation scale each (50; without CUDA 10)")
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=positive, help="updates (defaults depend on the device and are printed)")
@@ -566,7 +560,7 @@ def defaults(args):
     sizes = dict(ddim_steps=50, steps=1000, batch=128) if full else dict(ddim_steps=10, steps=150, batch=8)
     teacher = str(CHECKPOINTS / "teacher.pt")
     return dict(**sizes, lr=1.0, rotation="single", block=32, grid="midtread", rank=32, order="mixed",
-                walks="teacher", balance=1.0 if args.walks == "student" else 0.5, teacher=teacher)
+                walks="student", balance=0.75, teacher=teacher)
 
 
 def main(argv=None):

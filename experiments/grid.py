@@ -49,7 +49,7 @@ TEACHER = CHECKPOINTS / "teacher.pt"
 KINDS = {"none": dict(rotation="none"), "double": dict(rotation="double"), "single": dict(rotation="single"),
          "midrise": dict(rotation="single", grid="midrise")}
 BITS = {"w4a3": dict(wbits=4, abits=3), "w4a4": dict(wbits=4, abits=4)}
-EQUAL = dict(steps=1000, balance=0.5)                # unless a row says otherwise: tune found nothing better for all
+EQUAL = dict(steps=1000, balance=0.75, walks="student")          # unless a row says otherwise: by tune
 TUNED = 100                                          # the seed of tune
 PICTURES = 10_000                                    # scored; of another number, -n, is said in a row's name
 PARTS = ("tune", "headline", "updates", "side", "paper", "spoil", "clamp", "cost")
@@ -62,15 +62,16 @@ def rows_of(part):
     """The rows of a part: options of train.py; "paper": with the paper's rates and EfficientDM's search of zero points."""
     w4a3, one = BITS["w4a3"], {**BITS["w4a3"], **EQUAL, "seed": 0}
     if part == "tune":
-        tried = [dict(balance=0.0), dict(balance=0.5), dict(balance=1.0), dict(balance=0.5, lr=0.5), dict(balance=0.5, lr=2.0),
-                 dict(balance=0.5, steps=4000), *(dict(balance=1.0, walks="student", steps=n) for n in (1000, 4000))]
+        tried = [*(dict(walks="student", balance=balance) for balance in (0.5, 0.75, 1.0)),
+                 *(dict(walks="student", balance=0.75, lr=lr) for lr in (0.5, 2.0)), dict(walks="student", balance=0.75, steps=4000),
+                 *(dict(walks="teacher", balance=0.5, steps=steps) for steps in (1000, 4000))]
         return [{**w4a3, **KINDS[kind], "steps": 1000, "seed": TUNED, **change}
                 for change in tried for kind in ("none", "single", "midrise")]
     if part == "headline":
         return [{**bits, **kind, **EQUAL, "seed": seed}
                 for seed in range(3) for bits in BITS.values() for kind in KINDS.values()]
     if part == "updates":
-        return [{**one, **KINDS[kind], "steps": steps} for steps in (4000, 1, 100, 300) for kind in ("none", "single", "midrise")]
+        return [{**one, **KINDS[kind], "steps": steps} for steps in (1, 100, 300, 4000) for kind in ("none", "single", "midrise")]
     if part == "cost":
         return [{**one, **KINDS["single"], "batch": batch} for batch in (128, 64, 32)]
     if part == "side":
@@ -79,9 +80,8 @@ def rows_of(part):
         bits = [{**one, **KINDS[kind], **change} for change in (dict(abits=2), dict(wbits=3))
                 for kind in ("none", "single", "midrise")]
         times = [{**one, **KINDS[kind], "ddim_steps": n} for n in (10, 20, 100) for kind in ("none", "single")]
-        best = [{**one, **KINDS["midrise"], "steps": 4000, "balance": 1.0}, {**one, **KINDS["double"], "grid": "midrise"}]
-        return best + shapes + bits + times
-    return [{**w4a3, **KINDS[kind], "seed": 0, "order": "trajectory", "batch": 2, "steps": 16_000,
+        return [{**one, **KINDS["double"], "grid": "midrise"}, *shapes, *bits, *times]
+    return [{**w4a3, **KINDS[kind], "seed": 0, "order": "trajectory", "walks": "teacher", "batch": 2, "steps": 16_000,
              "balance": 0.0, "ddim_steps": 100, "paper": True} for kind in ("none", "double", "single")]
 
 

@@ -191,13 +191,16 @@ def test_worst_case_is_exact(kind, rotation, wbits, abits, grid, device):
 
 
 def test_the_choice_of_float64_is_about_the_sums():
-    """Frozen weights of 2^24 / q_max in sum: one below stays float32, at it float64; in training always float32."""
+    """Frozen weights of 2^24 / max |q_x| in sum: one below stays float32, at it float64; in training always float32."""
     layer = hqdm.HQLinear(nn.Linear(1024, 1), hqdm.Scheme(8, 8, "none"), packed=True)
     largest, q = 2**24 // 255, torch.zeros(1, 1024)
     q[0, :largest // 255], q[0, -1] = 255, largest % 255
     assert int(q.sum()) == largest
     for more, dtype in ((0, torch.float32), (1, torch.float64)):
         layer.weights.q_w = hqdm.pack_weights(q + more * (torch.arange(1024) == 1023), 8)
+        assert layer.operand()[0].dtype == dtype
+    for z, dtype in ((1, torch.float32), (254, torch.float32), (255, torch.float64)):        # |q_x| up to 254, 254, 255
+        layer.activations.z_x = torch.full((1,), float(z))
         assert layer.operand()[0].dtype == dtype
     assert hqdm.HQLinear(nn.Linear(1024, 1), hqdm.Scheme(8, 8, "none")).operand()[0].dtype == torch.float32
 

@@ -402,7 +402,7 @@ def test_rates_of_both_trainings():
 
 
 def test_distillation_loss_is_the_mean_squared_error():
-    """loss = mean of (eps_student - target)^2, at the first step, whatever the balance."""
+    """loss = the mean of (eps_student - target)^2, at the first step; balanced, of what balanced() makes of each sample's."""
     teacher = tiny_unet()
     student = train.quantized_copy(teacher, SCHEME, train.trajectories(teacher, 2, len(TIMES), 0))
     x, t, y, eps = batch = next(train.Carousel(teacher, 8, TIMES, seed=1).batches(4, 1, 0))
@@ -410,7 +410,8 @@ def test_distillation_loss_is_the_mean_squared_error():
         mine = copy.deepcopy(student)                # a step changes it
         optimizer = runs.adamw(train.parameter_groups(mine), torch.device("cpu"))
         loss, _ = next(train.distil(mine, optimizer, [batch], 1, 0, balance))
-        assert_close(loss, (student(x, t, y) - eps).square().mean().detach())
+        errors = (student(x, t, y) - eps).square().detach().flatten(1).mean(1)
+        assert_close(loss, errors.pow(1 - balance).mean() * 1e-3**balance)
 
 
 def test_distillation_tells_what_the_student_said():
@@ -434,7 +435,7 @@ def test_balance_of_the_loss():
         loss = train.balanced(errors, balance)
         (gradient,), (expected,) = (torch.autograd.grad(v, errors) for v in (loss, oracle))
         halves = sum(torch.autograd.grad(train.balanced(half, balance), errors)[0] for half in errors.split(2)) / 2
-        assert_close(gradient, expected), assert_close(halves, expected), assert_close(loss, errors.mean())
+        assert_close(gradient, expected), assert_close(halves, expected), assert_close(loss, errors.pow(1 - balance).mean() * 1e-3**balance)
         zeros = torch.zeros(2, requires_grad=True)
         loss = train.balanced(zeros.square(), balance)
         assert loss == 0 and torch.equal(torch.autograd.grad(loss, zeros)[0], torch.zeros(2))
@@ -565,15 +566,15 @@ def stop_at(monkeypatch, step, act):
     monkeypatch.setattr(train, "decay", lambda *args, **more: (next(count) == step and act()) or real(*args, **more))
 
 
-@pytest.mark.parametrize("kind", ["student", "walking student", "teacher"])
+@pytest.mark.parametrize("kind", ["student", "student of the teacher's walks", "teacher"])
 def test_resume_is_exact(kind, finished, teacher_file, tmp_path, monkeypatch):
     """Killed after a save and resumed: losses, curve and weights, bit for bit, of the run that was never killed.
 
     The first part's seconds count. A teacher goes on with no other data than it began with; what draws is its EMA.
     """
     cut, argv = tmp_path / "cut", arguments(teacher_file, "")[:-1]
-    if kind == "walking student":
-        argv, finished = ["--walks", "student", *argv], tmp_path / "whole"
+    if kind == "student of the teacher's walks":
+        argv, finished = ["--walks", "teacher", *argv], tmp_path / "whole"
         train.main(argv + [str(finished)])
     if kind == "teacher":
         monkeypatch.setattr(train, "UNet", lambda dropout: tiny_unet(dropout=dropout))
@@ -733,15 +734,15 @@ def test_options_of_a_quantized_run_arrive(order, walks, teacher_file, tmp_path,
     monkeypatch.setattr(train, "distil", lambda *args: got.extend(args) or fail(InterruptedError()))
     with pytest.raises(InterruptedError):
         train.main(arguments(teacher_file, tmp_path, "--order", order, "--lr", "2", "--seed", "3", "--rank", "2",
-                             *["--balance", "0"] * (order == "trajectory"), *["--walks", "student"] * (walks == "student")))
+                             *["--balance", "0"] * (order == "trajectory"), *["--walks", "teacher"] * (walks == "teacher")))
     student, optimizer, batches, steps, first, balance, advance = got
-    assert balance == (0 if order == "trajectory" else 1 if walks == "student" else 0.5)     # the paper's; the defaults
+    assert balance == (0 if order == "trajectory" else 0.75)                 # the paper's; the default
     assert [g["initial_lr"] for g in optimizer.param_groups] == [g["lr"] for g in train.parameter_groups(student, 2.0)]
     assert student.hqdm == SCHEME._replace(rank=2) and (steps, first) == (8, 0)
     asked, together = batches.gi_frame.f_locals, order == "trajectory"
     assert [asked[k] for k in ("batch", "steps", "seed", "first")] == [4, 8, 3, 0]
     assert asked["self"].t.tolist() == list(TIMES)
-    assert len(asked["self"].x) == (4 if together else 4 * train.WALKERS[walks]) and bool(asked["self"].step.any()) != together
+    assert len(asked["self"].x) == (4 if together else 64) and bool(asked["self"].step.any()) != together
     assert (asked["self"].own is None, advance) == ((False, asked["self"].advance) if walks == "student" else (True, False))
 
 
