@@ -501,7 +501,7 @@ def parse(argv):
     add("--grid", choices=hqdm.GRIDS, help="of rotated activations: with 0 (the paper's), or all 2^b codes (midtread)")
     add("--rank", type=positive, help="of the LoRA factors (32)")
     add("--order", choices=("mixed", "trajectory"), help="of training steps; trajectory is the paper's (mixed)")
-    add("--walks", choices=("teacher", "student"), help="whose x_t to learn from: the teacher's (paper) or its own (student)")
+    add("--walks", choices=("teacher", "student"), help="whose x_t to learn from; the paper: teacher (student)")
     add("--balance", type=finite, help="of errors in the loss: 0 alike (paper) to 1 by their size (0.75)")
     add("--ddim-steps", type=positive, help="of the sampler, an activation scale each (50; without CUDA 10)")
     add = parser.add_argument_group("training").add_argument
