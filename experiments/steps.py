@@ -3,8 +3,8 @@
     python experiments/steps.py            # on the device at hand; of the other one steps.json keeps what it has
 
 torch.profiler names operators (CPU) or kernels (GPU); each is counted to the first group whose words are in its name.
-(So the pass of plumbing/blocks.py that normalises and rounds is rounding.) What is left of the profiled step is Python
-on a CPU, idle units on a GPU. The profiler costs a little: `ms`, above each bar, is the median of steps without it.
+(So the pass of plumbing/blocks.py that normalises and rounds is rounding.) What these leave of `ms`, the median
+of steps without the profiler, which costs a little, is Python on a CPU, idle units on a GPU.
 
 The limit, of the integer network's layers and norms: the bytes that must move if each layer reads its float32 input,
 writes and reads its integers and writes float32 once, and each norm reads its input once more, at the speed of a copy;
@@ -90,15 +90,13 @@ def measure(net, inputs, device):
     ms = milliseconds(lambda: step(*inputs), device)
     activity = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activity.CUDA if device.type == "cuda" else activity.CPU]) as profiler:
-        start = time.perf_counter()
         step(*inputs)
         synchronize(device)
-        profiled = 1e3 * (time.perf_counter() - start)
     spent = dict.fromkeys(GROUPS, 0.0)
     for event in profiler.key_averages():
         us = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
         spent[group_of(event.key)] += us / 1e3
-    spent["idle" if device.type == "cuda" else "Python"] = max(0, profiled - sum(spent.values()))
+    spent["idle" if device.type == "cuda" else "Python"] = max(0, ms - sum(spent.values()))
     return {"ms": round(ms, 2), **{name: round(v, 2) for name, v in spent.items()}}
 
 

@@ -43,8 +43,10 @@ CHOSEN = {(4, "single"), (3, "none"), (3, "double"), (3, "single"), (3, "midrise
 
 def headline():
     """Markdown of the first page: the experiment's main rows, and what they say."""
-    rows = results.read()
-    return (f"{results.headline(rows, CHOSEN)[:-1]} `python train.py --wbits 4 --abits 3`, from start to pictures. "
+    rows, steps = results.read(), read("steps.json").values()
+    ms = [{r["what"]: r["ms"] for r in part["rows"]} for part in steps]
+    part_of = ", ".join(f"{m['W4A3, integer'] / m['float']:.0%} on {part['hardware']}" for m, part in zip(ms, steps))
+    return (f"{results.headline(rows, CHOSEN)[:-1]} A step in integers takes of float's time {part_of}. `python train.py --wbits 4 --abits 3`, from start to pictures. "
             f"{results.costs(rows)}\n{results.finding(rows, results.read('results-before'))}")
 
 
