@@ -37,8 +37,8 @@ Both sums are the same integers (R is symmetric), and float32 holds integers bel
 on the integer grid, also in training: on integers kept as floats ("fake-quantized"), or on int8. Once the weights are
 frozen, both give the same bits.
 
-What is learned, against the float model's own noise prediction (train.py): LoRA factors A, B, added to each weight
-before it is rounded; a scale s_w for each output channel; one activation scale s_x for each layer and each DDIM step t.
+What is learned, against the noise that leads to the float model's picture (train.py): LoRA factors A, B, added to each
+weight before it is rounded; a scale s_w for each output channel; a scale s_x for each layer and DDIM step t.
 
     symbol    in the code   shape                      what, where
     x         x             (B, .., C)                 input of a layer; channels last: a row for each pixel or token
@@ -373,7 +373,7 @@ class HQLayer(nn.Module):
             return q_w, s_w
         (_, z), q_max = self.activations.scales(), self.activations.q_max
         reach = q_max if z is None else torch.maximum(z, q_max - z).max()        # of |q_x|
-        # No sum, whole or partial, is larger than the product. A GPU's TF32 units also want operands of 11 bits.
+        # No sum, whole or partial, is larger than this product. A GPU's TF32 units also want operands of 11 bits.
         wide = q_w.abs().flatten(1).sum(1).max() * reach >= 2**24 or q_w.is_cuda and q_w.abs().max() > 2**11
         return q_w.double() if wide else q_w, s_w
 

@@ -11,8 +11,8 @@ loss.png and samples.png (the same noise by float, untrained and trained network
 
 Teacher: noise prediction on 50,000 images with random flips, AdamW, an exponential moving average of the weights (EMA).
 HQ-DM (arXiv 2512.05746): no images. Teacher and quantized student draw from the same noise; at each of its steps the
-student must predict the eps that leads to the teacher's picture: loss = mean (eps_student - target)^2, large errors
-balanced. Trained are LoRA factors, the weights' scales and one activation scale per layer and DDIM step (see hqdm.py).
+student must predict the eps that leads to the teacher's picture: loss = mean (eps_student - target)^2, where large
+errors weigh less. Trained are LoRA factors, weights' scales and one activation scale per layer and DDIM step (hqdm.py).
 The paper's own way: --walks teacher --order trajectory --balance 0.
 """
 import copy
@@ -199,8 +199,8 @@ def teacher_updates(model, ema, optimizer, images, labels, steps, batch, seed, f
 
 def score_pictures(model, n, ddim_steps, seed, judge):
     """Scores of n pictures, of which each process draws its share. (Only what process 0 returns is written down.)"""
-    pictures, labels = draw(model.eval(), n, ddim_steps, seed=seed, rows=my_rows())
-    return {"n": n, **score(rows_of_all(pictures), rows_of_all(labels), judge)}
+    device, drawn = next(model.parameters()).device, draw(model.eval(), n, ddim_steps, seed=seed, rows=my_rows())
+    return {"n": n, **score(*(rows_of_all(v.to(device), n).cpu() for v in drawn), judge)}
 
 
 def train_teacher(run, images, labels, dropout, score_every):
@@ -264,14 +264,15 @@ class Carousel:
 
     own: the student walks beside the teacher from the same noise, by its own eps, and the batches are of its x_t: there
     the sampler will bring it, and its rounding errors have added up to grain that the teacher's x_t do not have. Its
-    target is the eps that leads from there to the teacher's x_0, a large one where little noise is left. Its walks wait
-    until advance() is told what it said. (DAgger, Ross et al. 2011, https://arxiv.org/abs/1011.0686, learns from where
-    the learner goes; with diffusion one speaks of exposure bias.)
+    target is the eps that leads from there to the teacher's x_0, a large one where little noise is left. It joins walks
+    under way where the teacher is, and with 16 an image a whole walk of S steps takes some 16 S updates: so what it
+    sees drifts from the teacher's little by little. After each batch advance() must hear what it said. (DAgger, Ross et
+    al. 2011, https://arxiv.org/abs/1011.0686, learns from where the learner goes; with diffusion: exposure bias.)
     """
 
     def __init__(self, teacher, n, timesteps, seed, together=False, own=False):
         device = next(teacher.parameters()).device
-        self.eps, self.classes, self.own = recorded(teacher, device), teacher.classes, None
+        self.eps, self.classes, self.own, self.waiting = recorded(teacher, device), teacher.classes, None, None
         self.t = torch.tensor(timesteps, device=device)                      # (S,), from T-1 down to 0
         abar = alpha_bars(device)[self.t]
         self.abar = torch.cat([abar, torch.ones(1, device=device)])          # (S + 1,): 1 has no noise
@@ -293,6 +294,8 @@ class Carousel:
     @torch.no_grad()
     def move(self, walks):
         """Take these walks one step; return what they were: x_t, t, y and the target."""
+        if self.waiting:
+            raise RuntimeError("the student's walks wait: call advance(eps of the last batch) before the next")
         x, y, step = self.x[walks].contiguous(memory_format=torch.channels_last), self.y[walks], self.step[walks]
         t = self.t[step]
         eps = self.eps(x, t, y)
@@ -306,13 +309,13 @@ class Carousel:
         if self.own is not None:
             x = self.own[walks].contiguous(memory_format=torch.channels_last)
             eps = (x - a_t**0.5 * x_0) / (1 - a_t) ** 0.5                    # ddim_step(x, eps, ..) finds the same x_0
-            self.under_way = walks, x, a_t, a_s, end, noise
+            self.waiting = walks, x, a_t, a_s, end, noise
         return x, t, y, eps
 
     @torch.no_grad()
     def advance(self, eps):
-        """Own walks: the student's of the last batch take their step, too, by the eps that it said for their x_t."""
-        walks, x, a_t, a_s, end, noise = self.under_way
+        """Own walks: x_t of the last batch go one DDIM step on by eps (B, 3, 32, 32), what the student said there."""
+        (walks, x, a_t, a_s, end, noise), self.waiting = self.waiting, None
         self.own[walks] = torch.where(end, noise, ddim_step(x, eps, a_t, a_s)[0])
 
     def batches(self, batch, steps, seed, first=0):
@@ -334,7 +337,8 @@ def distil(student, optimizer, batches, steps, first=0, balance=0.0, advance=Non
     """Train the quantized student in place: yields (loss, gradient norm) a step.
 
     loss = mean of (eps_student - target)^2, balanced. Several processes walk alike, and each trains on its rows.
-    advance: a function that is told eps_student of each batch.
+    advance: a function that is told eps_student of each batch, Carousel.advance for own walks. As these drift from the
+    teacher's, the loss may rise while the pictures get better.
     """
     said = None
 
@@ -349,7 +353,7 @@ def distil(student, optimizer, batches, steps, first=0, balance=0.0, advance=Non
         said = torch.empty_like(x) if said is None else said
         result = update(decay(step, steps, shape="linear"), x.contiguous(memory_format=torch.channels_last), *rest)
         if advance:
-            advance(rows_of_all(said))
+            advance(rows_of_all(said, len(batch[0])))
         yield result
 
 
@@ -367,8 +371,9 @@ def balanced(errors, balance):
 def eps_errors(net, walks):
     """[mean (eps_student - eps_teacher)^2 at each DDIM step of `trajectories`], on noises that no update saw.
 
-    Their mean, the eps error, is the printed measure. Most of it is the last step's: at t = 0 there is hardly any noise
-    left to predict, so that even a good student is far off, and the picture hardly notices (x_0 is off by 1 % of it).
+    Their mean is the eps error. Most of it is the last step's: at t = 0 there is hardly any noise left to predict, and
+    the picture hardly notices (x_0 is off by 1 % of it). There a student of own walks learns another target, and does
+    not get better here: look at the median of the steps, and at PSNR.
     """
     return torch.stack([F.mse_loss(net(x, t, y), eps) for x, t, y, eps in walks]).tolist()
 

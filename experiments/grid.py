@@ -49,7 +49,7 @@ TEACHER = CHECKPOINTS / "teacher.pt"
 KINDS = {"none": dict(rotation="none"), "double": dict(rotation="double"), "single": dict(rotation="single"),
          "midrise": dict(rotation="single", grid="midrise")}
 BITS = {"w4a3": dict(wbits=4, abits=3), "w4a4": dict(wbits=4, abits=4)}
-EQUAL = dict(steps=1000, balance=0.75, walks="student")          # unless a row says otherwise: by tune
+EQUAL = dict(steps=1000, balance=0.75, walks="student")          # unless a row says otherwise: by walks.json
 TUNED = 100                                          # the seed of tune
 PICTURES = 10_000                                    # scored; of another number, -n, is said in a row's name
 PARTS = ("tune", "headline", "updates", "side", "paper", "spoil", "clamp", "cost")

@@ -53,7 +53,7 @@ def spread(values, digits=1, unit=1):
     return f"{one} ± {stdev(values) * unit:.{digits}f}" if len(values) > 1 else one
 
 
-def headline(rows, chosen=None):
+def headline(rows, chosen=None, made="`python experiments/grid.py headline`; rows that `experiments/results.json` has are not made again"):
     """Markdown: the float model, and mean ± deviation over seeds of each kind; chosen: some of (abits, kind)."""
     found = groups(rows)
     first = next(iter(found.values()))[0]
@@ -71,8 +71,7 @@ def headline(rows, chosen=None):
     seeds = sorted({r["seed"] for r in of_part(rows, "headline")})
     note = (f"\n{first['n']:,} pictures a model from the same noise, {first['ddim_steps']} DDIM steps, guidance 1; mean ± standard deviation "
             f"of training seeds {', '.join(map(str, seeds))}, {first['steps']:,} updates each at balance {first['balance']:g}, on "
-            f"{first['hardware']} (`python experiments/grid.py headline`; rows that "
-            f"`experiments/results.json` has are not made again).")
+            f"{first['hardware']} ({made}).")
     return "\n".join([*lines, note]) + "\n"
 
 
@@ -94,15 +93,16 @@ def finding(rows, before):
     if (min(gain for pair in said for gain in lower(*pair)) <= 0 or apart(found[3, "double"], found[3, "single"], "c_fid")
             or any(apart(found[a, "single"], found[a, "none"], "c_is") for a in (3, 4)) or fid("midrise", old) < fid("none")):
         raise ValueError("what is said of the headline rows holds no more: write it anew")
-    first = {kind(r): r["c_fid"] for r in of_part(rows, "updates") if r["steps"] == 1}
+    counts = {(kind(r), r["steps"]): r["c_fid"] for r in of_part(rows, "updates") + [r for r in found[3, "none"] + found[3, "single"] if r["seed"] == 0]}
+    counts = {n: counts["none", n] / counts["single", n] for kind, n in sorted(counts) if kind == "none" and ("single", n) in counts}
     recipe = {r["rotation"]: r["c_is"] for r in of_part(before, "paper")}
     four = [mean(r["c_fid"] for r in seeds) for (abits, _), seeds in found.items() if abits == 4]
     shares = [f"{fid(k) / top['c_fid']:.1f} times float's C-FID and {mean(r['c_is'] for r in found[3, k]) / top['c_is']:.1%} of its C-IS" for k in ("single", "midrise")]
     return (f"At W4A3 single beats none in every seed, by {spread(lower(3, 'single', 'none'))} in C-FID, and mid-rise beats single by "
-            f"{spread(lower(3, 'midrise', 'single'))}; C-IS does not tell single and none apart. After one update none's C-FID is {first['none'] / first['single']:.1f} times single's (one seed), at the end "
-            f"{fid('none') / fid('single'):.1f} times. At W4A4 all lie between {min(four):.1f} and {max(four):.1f}. The paper reports {CLAIMED} Inception Score at W4A3, on ImageNet; with its recipe single's C-IS is {recipe['single'] / recipe['none'] - 1:.0%} above none's here.\n"
+            f"{spread(lower(3, 'midrise', 'single'))}; C-IS does not tell single and none apart. After {', '.join(f'{n:,}' for n in counts)} updates none's C-FID is "
+            f"{', '.join(f'{v:.1f}' for v in counts.values())} times single's (seed 0). At W4A4 all lie between {min(four):.1f} and {max(four):.1f}. The paper reports {CLAIMED} Inception Score at W4A3, on ImageNet; with its recipe single's C-IS is {recipe['single'] / recipe['none'] - 1:.0%} above none's here.\n"
             f"Double is not told apart from single at W4A3, and ahead in every seed at W4A4, by {spread(lower(4, 'double', 'single'))}: that rotating the weights does harm, as the paper says, does not hold here. "
-            f"Single reaches {shares[0]}, mid-rise {shares[1]}. What helped most is not in the paper: to train at the x_t where the student's own steps lead. Before, at the teacher's, single had C-FID {fid('single', old):.1f}, mid-rise {fid('midrise', old):.1f} "
+            f"Single reaches {shares[0]}, mid-rise {shares[1]}. What helped most is not in the paper: to train at the x_t where the student's own steps lead, with a loss balanced by sample. Before, at the teacher's x_t and balanced by step, single had C-FID {fid('single', old):.1f}, mid-rise {fid('midrise', old):.1f} "
             f"(all rows, and what our goals were: [experiments/README.md](experiments/README.md)).\n")
 
 
@@ -171,16 +171,17 @@ def tune(rows):
 
 def walks():
     """Markdown: how the training on the student's own walks was found, from walks.json."""
-    report, kinds = json.loads((HERE / "walks.json").read_text()), ("none", "single", "midrise")
+    report, kinds = json.loads((HERE / "walks.json").read_text()), KINDS
     names = ("target", "share", "walks_an_image", "balance", "steps", "lr", "seed")
-    lines = [f"| target | share | walks an image | balance | updates | rates | seed | {' | '.join(KINDS[k] for k in kinds)} |", "|" + "---|" * 10]
+    lines = [f"| target | share | walks an image | balance | updates | rates | seed | {' | '.join(KINDS[k] for k in kinds)} |", "|" + "---|" * 11]
     made = {}
     for r in report["rows"]:
-        made.setdefault(tuple(r.get(name, 1.0) for name in names), {})[kind(r)] = f"{r['c_fid']:.1f} / {r['c_is']:.2f} / {r['psnr']:.1f} / {r['fine_power']:.2f}"
+        made.setdefault(tuple(r.get(name, 1.0) for name in names), {}).setdefault(kind(r), []).append(
+            f"{r['c_fid']:.1f} / {r['c_is']:.2f} / {r['psnr']:.1f} / {r['fine_power']:.2f}")
     for key in sorted(made, key=lambda k: (k[0], -k[1], *k[2:])):
-        lines.append("| " + " | ".join([key[0], *(f"{v:g}" for v in key[1:]), *(made[key].get(k, "") for k in kinds)]) + " |")
+        lines.append("| " + " | ".join([key[0], *(f"{v:g}" for v in key[1:]), *("; ".join(made[key].get(k, ())) for k in kinds)]) + " |")
     note = (f"\nC-FID / C-IS / PSNR in dB / power at fine scales as a share of float's, W4A3, {report['n']:,} pictures, on {report['hardware']} ({report['date']}, `walks.json`; "
-            f"the number of walks, the target and its share are no options, so of these rows not all can be made again). Share: how much of the way from the teacher's eps to the target.\n")
+            f"the number of walks, the target and its share are no options, so of these rows not all can be made again; two runs of one setting share a cell). Share: how much of the way from the teacher's eps to the target.\n")
     return "\n".join([*lines, note])
 
 

@@ -46,7 +46,7 @@ def headline():
     rows, steps = results.read(), read("steps.json").values()
     ms = [{r["what"]: r["ms"] for r in part["rows"]} for part in steps]
     part_of = ", ".join(f"{m['W4A3, integer'] / m['float']:.0%} on {part['hardware']}" for m, part in zip(ms, steps))
-    return (f"{results.headline(rows, CHOSEN)[:-1]} A step in integers takes of float's time {part_of}. `python train.py --wbits 4 --abits 3`, from start to pictures. "
+    return (f"{results.headline(rows, CHOSEN)[:-1]} Of float's time a step in integers takes {part_of}. `python train.py --wbits 4 --abits 3`, from start to pictures. "
             f"{results.costs(rows)}\n{results.finding(rows, results.read('results-before'))}")
 
 
@@ -59,9 +59,10 @@ def experiment():
             f"and class accuracy {real['accuracy']:.1%} (`real.json`).\n\n**Goals, which we set beforehand, met and missed:**\n\n{results.goals(rows)}\n{results.pairs(rows)}\n"
             f"**The student's own walks.** On the teacher's walks it never sees what its own rounding errors add up to. Now its batches are x_t of its own walks, "
             f"and the target leads from there to the teacher's picture. Tried on seeds that are not reported:\n\n{results.walks()}\n"
-            f"Sixteen walks for each image of a batch and balance 0.75 are what train.py has, though sixteen were tried on the mid-rise grid alone.\n\n"
-            f"### Of the training before\n\nAll below is of models trained on the teacher's walks at balance 0.5, each step weighed by its error before training (`results-before.json`; "
-            f"the commands are of the code of then). Its main rows:\n\n{results.headline(before)}\n{results.clamped(before)}\n"
+            f"Sixteen walks for each image of a batch and balance 0.75 are what train.py has, though so many were tried on the mid-rise grid alone. With more walks "
+            f"each goes on more seldom: of a run of 1,000 updates most is over when walks arrive that were the student's from the first step on. That may be why they help.\n\n"
+            f"### Of the training before\n\nAll of this section is of models trained on the teacher's walks, each step weighed by its error before training, at balance 0.5 where no row says "
+            f"otherwise (`results-before.json`; the commands were run with the code of then). Its main rows:\n\n{results.headline(before, made='with the code of then')}\n{results.clamped(before)}\n"
             f"**Tried** with three kinds at W4A3; of settings that the spread of "
             f"seeds hardly tells apart, one for all was taken, balance 0.5 and rates x 1:\n\n{results.tune(before)}\n**One change at a time**, W4A3:\n\n{results.side(before)}\n"
             f"{results.paper(before)}\n{results.updates(before)}\n{results.spoiled(before)}")
@@ -71,7 +72,7 @@ def files():
     """Markdown: what is where, with lines of code rounded to tens."""
     def lines(*names):
         return f"{round(sum(len((HERE.parent / n).read_text().splitlines()) for n in names), -1)}"
-    plumbing = [f"plumbing/{n}.py" for n in ("int8", "kernels", "norm", "runs")]
+    plumbing = [f"plumbing/{path.name}" for path in (HERE.parent / "plumbing").glob("*.py")]
     rows = [("file", "lines", "what"),
             ("`hqdm.py`", lines("hqdm.py"), "the paper: transform, grids, two quantizers, one layer, integers, a whole network"),
             ("`unet.py`", lines("unet.py"), "the float UNet of 9 M parameters, DDPM's loss, DDIM"),

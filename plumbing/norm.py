@@ -137,7 +137,7 @@ class _GroupNorm(torch.autograd.Function):
         rows, whole, grid, tile, joined = scale_and_shift(x, groups, weight, bias, eps)
         y = torch.empty_like(x, dtype=torch.float32)
         if x.numel():
-            _apply_kernel[grid](x, *rows, y, *joined[:2], *tile, silu)
+            _apply_kernel[grid](x, *rows, y, *joined[:2], *tile, silu, enable_fp_fusion=False)
         ctx.save_for_backward(x, weight, rows, whole)
         ctx.args = grid, tile, joined, silu
         return y

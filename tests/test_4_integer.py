@@ -335,7 +335,10 @@ def test_blocks_in_fewer_passes(scheme, view, monkeypatch):
 @pytest.mark.parametrize("block", [1, 32])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float32])
 def test_one_pass_has_the_bits_of_two(dtype, block, silu):
-    """Norm and rounding at once, on a grid of steps as fine as float32's own: each bit of H norm(x) / s is seen."""
+    """Norm and rounding at once, on a grid so fine that nearly every bit of H norm(x) / s is seen.
+
+    (On a GPU: the interpreter fuses no multiply-add, and what a compiler may fuse is the danger here.)
+    """
     device, module = torch.device(DEVICES[-1]), sys.modules["unet"]
     x = torch.randn(3, 64, 16, 8, device=device).contiguous(memory_format=torch.channels_last)
     norm, s = module.GroupNorm(64, silu).to(device), torch.tensor([3e-6, 7e-7, 1.1e-6], device=device)

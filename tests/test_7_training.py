@@ -241,6 +241,10 @@ def test_the_student_walks_beside_the_teacher(together):
                 assert_close((x_t - (1 - abar).sqrt() * target) / abar.sqrt(), oracle[3][0], rtol=1e-4, atol=1e-4)
             followed += 1
     assert followed > 25
+    batches = made.batches(4, 2, 0)
+    next(batches)
+    with pytest.raises(RuntimeError, match="call advance"):
+        next(batches)
 
 
 def test_steps_are_mixed_from_the_first_batch_on():
@@ -401,7 +405,7 @@ def test_rates_of_both_trainings():
         assert_close([optimizer.param_groups[0]["lr"] / 1e-3 for _ in updates], expected)
 
 
-def test_distillation_loss_is_the_mean_squared_error():
+def test_distillation_loss():
     """loss = the mean of (eps_student - target)^2, at the first step; balanced, of what balanced() makes of each sample's."""
     teacher = tiny_unet()
     student = train.quantized_copy(teacher, SCHEME, train.trajectories(teacher, 2, len(TIMES), 0))
@@ -414,15 +418,16 @@ def test_distillation_loss_is_the_mean_squared_error():
         assert_close(loss, errors.pow(1 - balance).mean() * 1e-3**balance)
 
 
-def test_distillation_tells_what_the_student_said():
-    """advance gets the student's eps of each batch, of all its rows, from before the update."""
-    teacher = tiny_unet()
+@pytest.mark.parametrize("device", DEVICES)
+def test_distillation_tells_what_the_student_said(device):
+    """advance gets the student's eps of each batch, of all its rows, from before the update; also of recorded ones."""
+    teacher = tiny_unet().to(device)
     student, heard = train.quantized_copy(teacher, SCHEME, train.trajectories(teacher, 2, len(TIMES), 0)), []
-    batches = list(train.Carousel(teacher, 8, TIMES, seed=1).batches(4, 3, 0))
-    optimizer, expected = runs.adamw(train.parameter_groups(student), torch.device("cpu")), [student(*batches[0][:3])]
-    for _ in train.distil(student, optimizer, batches, 3, advance=lambda eps: heard.append(eps.clone())):
+    batches = list(train.Carousel(teacher, 8, TIMES, seed=1).batches(4, 4, 0))
+    optimizer, expected = runs.adamw(train.parameter_groups(student), torch.device(device)), [student(*batches[0][:3])]
+    for _ in train.distil(student, optimizer, batches, 4, advance=lambda eps: heard.append(eps.clone())):
         expected += [student(*batch[:3]) for batch in batches[len(expected):len(expected) + 1]]
-    assert len(heard) == 3 and all(map(torch.equal, heard, expected)) and not heard[0].requires_grad
+    assert len(heard) == 4 and all(map(torch.equal, heard, expected)) and not heard[0].requires_grad
 
 
 def test_balance_of_the_loss():
@@ -843,7 +848,8 @@ def updates_of_both(processes, rank, device):
     student = train.quantized_copy(teacher, scheme, train.trajectories(teacher, 8, len(TIMES), 1))
     student.register_forward_pre_hook(lambda _, args: check(len(args[0]) == 6 // processes))
     optimizer = runs.adamw([{**g, "lr": 0.01, **steep} for g in train.parameter_groups(student)], device)
-    steps += train.distil(student, optimizer, train.Carousel(teacher, 12, TIMES, seed=2).batches(6, n, seed=0), n, 0, 0.5)
+    carousel = train.Carousel(teacher, 6, TIMES, seed=2, own=True)           # a batch is all: each walk comes again
+    steps += train.distil(student, optimizer, carousel.batches(6, n, seed=0), n, 0, 0.5, carousel.advance)
     return [[loss.item(), norm.item()] for loss, norm in steps]
 
 
