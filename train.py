@@ -254,6 +254,9 @@ def trajectories(teacher, n, steps, seed):
     return [(x_t, torch.full_like(y, t), y, eps) for t, x_t, eps, _ in walk]
 
 
+WALKS = 16              # for each image of a batch
+
+
 class Carousel:
     """Where the student's batches come from: n walks from noise to picture at once, at all DDIM steps.
 
@@ -265,9 +268,9 @@ class Carousel:
     own: the student walks beside the teacher from the same noise, by its own eps, and the batches are of its x_t: there
     the sampler will bring it, and its rounding errors have added up to grain that the teacher's x_t do not have. Its
     target is the eps that leads from there to the teacher's x_0, a large one where little noise is left. It joins walks
-    under way where the teacher is, and with 16 an image a whole walk of S steps takes some 16 S updates: so what it
-    sees drifts from the teacher's little by little. After each batch advance() must hear what it said. (DAgger, Ross et
-    al. 2011, https://arxiv.org/abs/1011.0686, learns from where the learner goes; with diffusion: exposure bias.)
+    under way where the teacher is, and a whole walk of S steps takes some WALKS S updates: so what it sees drifts from
+    the teacher's little by little. After each batch advance() must hear what it said. (DAgger, Ross et al. 2011,
+    https://arxiv.org/abs/1011.0686, learns from where the learner goes; with diffusion one speaks of exposure bias.)
     """
 
     def __init__(self, teacher, n, timesteps, seed, together=False, own=False):
@@ -429,7 +432,7 @@ def train_student(run, teacher, scheme, order):
     pictures = untrained_pictures(teacher, student, walks, 8 if few else 16, s["seed"])
 
     optimizer = adamw(parameter_groups(student, s["lr"]), device)
-    walks, own = s["batch"] * (1 if together else 16), s["walks"] == "student"
+    walks, own = s["batch"] * (1 if together else WALKS), s["walks"] == "student"
     carousel = Carousel(teacher, walks, scheme.timesteps, s["seed"] + 3_000_000, together, own)
     run.restore(model=student, optimizer=optimizer, carousel=carousel)
     print(f"training ({run.seconds():.0f} s)", flush=True)

@@ -21,6 +21,7 @@ from statistics import fmean as mean, median
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from plumbing.runs import new_parser, run_cli, whole_file  # noqa: E402
 from sample import name_of  # noqa: E402
+from train import WALKS  # noqa: E402
 import results  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -55,12 +56,13 @@ def experiment():
     what was measured with the training before: the clamp, one change at a time, the paper's recipe, updates, steps.
     """
     rows, before, real = results.read(), results.read("results-before"), read("real.json")["rows"]["test images"]
+    first = results.of_part(rows, "headline")[0]
     return (f"{results.headline(rows)}\n± is one standard deviation of the seeds. {real['n']:,} real test images get C-FID {real['c_fid']:.1f}, C-IS {real['c_is']:.2f} "
             f"and class accuracy {real['accuracy']:.1%} (`real.json`).\n\n**Goals, which we set beforehand, met and missed:**\n\n{results.goals(rows)}\n{results.pairs(rows)}\n"
             f"**The student's own walks.** On the teacher's walks it never sees what its own rounding errors add up to. Now its batches are x_t of its own walks, "
             f"and the target leads from there to the teacher's picture. Tried on seeds that are not reported:\n\n{results.walks()}\n"
-            f"Sixteen walks for each image of a batch and balance 0.75 are what train.py has, though so many were tried on the mid-rise grid alone. With more walks "
-            f"each goes on more seldom: of a run of 1,000 updates most is over when walks arrive that were the student's from the first step on. That may be why they help.\n\n"
+            f"{WALKS} walks for each image of a batch and balance {first['balance']:g} are what train.py has, though so many were tried on the mid-rise grid alone. With more walks "
+            f"each goes on more seldom: of a run of {first['steps']:,} updates most is over when walks arrive that were the student's from the first step on. That may be why they help.\n\n"
             f"### Of the training before\n\nAll of this section is of models trained on the teacher's walks, each step weighed by its error before training, at balance 0.5 where no row says "
             f"otherwise (`results-before.json`; the commands were run with the code of then). Its main rows:\n\n{results.headline(before, made='with the code of then')}\n{results.clamped(before)}\n"
             f"**Tried** with three kinds at W4A3; of settings that the spread of "

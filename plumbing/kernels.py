@@ -233,7 +233,7 @@ if triton is not None:
 
         Given g, the way back: y is the gradient of x at every place; those of s and z come as one sum a program.
         Given scale and shift (B, C): of x normalised first, and through SiLU if asked for.
-        Only what says fma is fused: left to the compiler, two kernels fused otherwise, and a quarter of the t differed.
+        Only what says fma is fused: left to the compiler, two kernels that must agree fused otherwise.
         """
         sample = tl.program_id(0)                                # the other axes of a grid end at 65,535
         at = tl.program_id(1) * (ROWS * K) + tl.arange(0, ROWS)[:, None] * K + tl.arange(0, K)[None, :]
