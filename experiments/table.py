@@ -52,8 +52,8 @@ def headline():
 
 
 def experiment():
-    """Markdown: all rows of the experiment's main part, and what real images get; goals; how its training was found;
-    what was measured with the training before: the clamp, one change at a time, the paper's recipe, updates, steps.
+    """Markdown: all rows of the experiment's main part, and what real images get; goals; how its training was found; one
+    change at a time, the paper's recipe, updates; what was measured with the training before: the clamp, tuning, steps.
     """
     rows, before, real = results.read(), results.read("results-before"), read("real.json")["rows"]["test images"]
     first = results.of_part(rows, "headline")[0]
@@ -63,11 +63,12 @@ def experiment():
             f"and the target leads from there to the teacher's picture. Tried on seeds that are not reported:\n\n{results.walks()}\n"
             f"{WALKS} walks for each image of a batch and balance {first['balance']:g} are what train.py has, though so many were tried on the mid-rise grid alone. With more walks "
             f"each goes on more seldom: of a run of {first['steps']:,} updates most is over when walks arrive that were the student's from the first step on. That may be why they help.\n\n"
+            f"**One change at a time**, W4A3:\n\n{results.side(rows, results.PLAIN)}\n{results.changes(rows)}\n{results.paper(rows, before)}\n{results.updates(rows)}\n"
             f"### Of the training before\n\nAll of this section is of models trained on the teacher's walks, each step weighed by its error before training, at balance 0.5 where no row says "
             f"otherwise (`results-before.json`; the commands were run with the code of then). Its main rows:\n\n{results.headline(before, made='with the code of then')}\n{results.clamped(before)}\n"
             f"**Tried** with three kinds at W4A3; of settings that the spread of "
-            f"seeds hardly tells apart, one for all was taken, balance 0.5 and rates x 1:\n\n{results.tune(before)}\n**One change at a time**, W4A3:\n\n{results.side(before)}\n"
-            f"{results.paper(before)}\n{results.updates(before)}\n{results.spoiled(before)}")
+            f"seeds hardly tells apart, one for all was taken, balance 0.5 and rates x 1:\n\n{results.tune(before)}\n**One change at a time**, W4A3:\n\n{results.side(before, results.BEFORE)}\n"
+            f"{results.spoiled(before)}")
 
 
 def files():
