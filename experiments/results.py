@@ -53,7 +53,7 @@ def spread(values, digits=1, unit=1):
     return f"{one} ± {stdev(values) * unit:.{digits}f}" if len(values) > 1 else one
 
 
-def headline(rows, chosen=None, made="`python experiments/grid.py headline`; rows that `experiments/results.json` has are not made again"):
+def headline(rows, chosen=None, made="`python experiments/grid.py headline`"):
     """Markdown: the float model, and mean ± deviation over seeds of each kind; chosen: some of (abits, kind)."""
     found = groups(rows)
     first = next(iter(found.values()))[0]
@@ -98,12 +98,13 @@ def finding(rows, before):
     recipe = {r["rotation"]: r["c_is"] for r in of_part(rows, "paper")}
     four = [mean(r["c_fid"] for r in seeds) for (abits, _), seeds in found.items() if abits == 4]
     shares = [f"{fid(k) / top['c_fid']:.1f} times float's C-FID and {mean(r['c_is'] for r in found[3, k]) / top['c_is']:.1%} of its C-IS" for k in ("single", "midrise")]
-    return (f"At W4A3 single beats none in every seed, by {spread(lower(3, 'single', 'none'))} in C-FID, and mid-rise beats single by "
-            f"{spread(lower(3, 'midrise', 'single'))}; C-IS does not tell single and none apart. After {', '.join(f'{n:,}' for n in counts)} updates none's C-FID is "
-            f"{', '.join(f'{v:.1f}' for v in counts.values())} times single's (seed 0). At W4A4 all lie between {min(four):.1f} and {max(four):.1f}. The paper reports {CLAIMED} Inception Score at W4A3, on ImageNet; with its recipe single's C-IS is {recipe['single'] / recipe['none'] - 1:.0%} above none's here.\n"
-            f"Double is not told apart from single at W4A3, and ahead in every seed at W4A4, by {spread(lower(4, 'double', 'single'))}: that rotating the weights does harm, as the paper says, does not hold here. "
-            f"Single reaches {shares[0]}, mid-rise {shares[1]}. What helped most is not in the paper: to train at the x_t where the student's own steps lead, with a loss balanced by sample. Before, at the teacher's x_t and balanced by step, single had C-FID {fid('single', old):.1f}, mid-rise {fid('midrise', old):.1f} "
-            f"(all rows, and what our goals were: [experiments/README.md](experiments/README.md)).\n")
+    return (f"- **Does H help?** At W4A3 single beats none in every seed, by {spread(lower(3, 'single', 'none'))} in C-FID; C-IS does not tell them apart. It helps most early: after "
+            f"{', '.join(f'{n:,}' for n in counts)} updates none's C-FID is {', '.join(f'{v:.1f}' for v in counts.values())} times single's (seed 0).\n"
+            f"- **The grid**: all eight levels, mid-rise, beat single's seven by {spread(lower(3, 'midrise', 'single'))}. At 4 bits there are levels enough: all kinds lie between {min(four):.1f} and {max(four):.1f}.\n"
+            f"- **To rotate the weights, too, does no harm here**, though the paper says so: double is not told apart from single at W4A3, and ahead in every seed at W4A4, by {spread(lower(4, 'double', 'single'))}.\n"
+            f"- **The paper's {CLAIMED}** of Inception Score at W4A3 is on ImageNet. With its recipe, whose baseline is weaker, single's C-IS is {recipe['single'] / recipe['none'] - 1:.0%} above none's here.\n"
+            f"- **What helped most is not in the paper**: to train at the x_t where the student's own steps lead, with a loss balanced by sample. Single has {shares[0]}, mid-rise {shares[1]}. "
+            f"Before, at the teacher's x_t and balanced by step, their C-FID was {fid('single', old):.1f} and {fid('midrise', old):.1f}.\n")
 
 
 def apart(a, b, key):
@@ -298,8 +299,8 @@ def costs(rows):
     made = sorted((r for r in rows if r["part"] == "cost"), key=lambda r: -r["batch"])
     fid = {r["batch"]: r["c_fid"] for r in of_part(rows, "side") if r["batch"] != 128}
     fid[128] = next(r["c_fid"] for r in groups(rows)[3, "single"] if r["seed"] == 0)
-    said = ". ".join(f"Batch {r['batch']}: {r['seconds']:.0f} s and {r['peak_gib']:.1f} GiB" + f", C-FID {fid.get(r['batch'], 0):.1f}" * (r["batch"] in fid) for r in made)
-    return f"{said} (one {made[0]['hardware']}, seed 0).\n"
+    said = "; ".join(f"batch {r['batch']} {r['seconds']:.0f} s, {r['peak_gib']:.1f} GiB" + (f", C-FID {fid[r['batch']]:.1f}" if r["batch"] in fid else "") for r in made)
+    return f"{said} (one {made[0]['hardware']}, seed 0)"
 
 
 def figure(path, panels, draw):

@@ -47,8 +47,9 @@ def headline():
     rows, steps = results.read(), read("steps.json").values()
     ms = [{r["what"]: r["ms"] for r in part["rows"]} for part in steps]
     part_of = ", ".join(f"{m['W4A3, integer'] / m['float']:.0%} on {part['hardware']}" for m, part in zip(ms, steps))
-    return (f"{results.headline(rows, CHOSEN)[:-1]} Of float's time a step in integers takes {part_of}. `python train.py --wbits 4 --abits 3`, from start to pictures. "
-            f"{results.costs(rows)}\n{results.finding(rows, results.read('results-before'))}")
+    return (f"{results.headline(rows, CHOSEN)}\n{results.finding(rows, results.read('results-before'))}"
+            f"- **Time**: `python train.py --wbits 4 --abits 3`, from start to pictures: {results.costs(rows)}. Of float's time a step in integers takes {part_of}.\n"
+            f"- All rows, and goals that we met and missed: [experiments/README.md](experiments/README.md).\n")
 
 
 def experiment():
