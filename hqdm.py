@@ -345,9 +345,9 @@ class HQLayer(nn.Module):
         """x (B, .., C_in) -> (B, .., C_out): y = s_x s_w / sqrt(k) * conv(q_x, (q_w - z) R) + bias."""
         with full_float32(x.device):
             q_x, s_x = self.activations(x.float(), self.dtype)               # H x on the grid of this step; its scale
-            q_w, s_w = self.operand()                                        # (q_w - z) R, integers; s_w / sqrt(k)
+            q_wR, s = self.operand()                                         # (q_w - z) R, integers; s_w / sqrt(k)
             multiply = self.multiply_int if self.integer else self.multiply  # int8 products, or the same as floats
-            return multiply(q_x, q_w, (s_x, s_w, self.bias))                 # the sum of products; scales; bias
+            return multiply(q_x, q_wR, (s_x, s, self.bias))                  # the sum of products; scales; bias
 
     @property
     def dtype(self):                                 # of q_x

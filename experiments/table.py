@@ -46,9 +46,9 @@ def headline():
     """Markdown of the first page: the experiment's main rows, and what they say."""
     rows, steps = results.read(), read("steps.json").values()
     ms = [{r["what"]: r["ms"] for r in part["rows"]} for part in steps]
-    part_of = ", ".join(f"{m['W4A3, integer'] / m['float']:.0%} on {part['hardware']}" for m, part in zip(ms, steps))
+    part_of = " and ".join(f"{m['W4A3, integer'] / m['float']:.0%} ({part['hardware']})" for m, part in zip(ms, steps))
     return (f"{results.headline(rows, CHOSEN)}\n{results.finding(rows, results.read('results-before'))}"
-            f"- **Time**: `python train.py --wbits 4 --abits 3`, from start to pictures: {results.costs(rows)}. Of float's time a step in integers takes {part_of}.\n"
+            f"- **Time**: `python train.py --wbits 4 --abits 3`, from start to pictures: {results.costs(rows)}. A step in integers takes {part_of} of float's time; 3 bits are int8 there, as 4 are.\n"
             f"- All rows, and goals that we met and missed: [experiments/README.md](experiments/README.md).\n")
 
 
@@ -84,7 +84,7 @@ def files():
             ("`plumbing/`", lines(*plumbing), "not the method, skip it at first: GPU kernels; checkpoints, processes, command lines"),
             ("`notebooks/`", "", "`outliers`, the story; `hadamard`, `integer`, `train_by_hand`, with exercises that `notebooks/check.py` "
                                  "marks; `your_own`, recipes to copy"),
-            ("`tests/`, `experiments/`", "", "in reading order, each states what it proves; programs that make numbers, with their JSON"),
+            ("`tests/`, `experiments/`", "", "tests in reading order, each says what it proves; the programs behind all numbers, with their JSON"),
             ("`checkpoints/`", "", "teacher, judge, three quantized models, and the first 300 training images")]
     rows = [f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows]
     return "\n".join([rows[0], "|---|---|---|", *rows[1:]]) + "\n"

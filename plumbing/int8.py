@@ -79,12 +79,12 @@ def onednn_product(q_x, q_w, stride, padding):
     Activations are bytes here, 0 is stored as -low. None where they span more than a byte or a sum could pass 2^24.
     """
     low, high = min(0, int(q_x.min())), max(0, int(q_x.max()))
-    parts = prepared(q_w, 127 if high - low < 130 else 64, stride, padding)      # CPUs without VNNI: see int8_product
+    parts = packed(q_w, 127 if high - low < 130 else 64, stride, padding)        # CPUs without VNNI: see int8_product
     if high - low > 255 or max(-low, high) * max(largest for *_, largest in parts) >= 2**24:
         return None
     x, acc = rearrange((q_x - low).to(torch.uint8), "B h w C -> B C h w"), None
-    for shift, packed, one, zero, _ in parts:
-        part = torch.ops.onednn.qconv2d_pointwise(x, 1.0, -low, packed, one, zero, None, [stride] * 2, [padding] * 2,
+    for shift, weight, one, zero, _ in parts:
+        part = torch.ops.onednn.qconv2d_pointwise(x, 1.0, -low, weight, one, zero, None, [stride] * 2, [padding] * 2,
                                                   [1, 1], 1, 1.0, 0, torch.float32, "none", [], "")
         part = part.to(torch.int32) << shift if len(parts) > 1 else part
         acc = part if acc is None else acc + part
@@ -94,20 +94,35 @@ def onednn_product(q_x, q_w, stride, padding):
 _PREPARED = WeakTensorKeyDictionary()
 
 
-def prepared(q_w, limit, stride, padding):
-    """A weight for onednn_product: [(shift, packed, ones, zeros, largest sum of |w|)], one for each int8 digit.
+def prepared(make):
+    """Decorator: make(q_w, *args) is kept as long as the tensor that holds q_w, made anew where that was written."""
+    @functools.wraps(make)
+    def remember(q_w, *args):
+        owner = q_w if q_w._base is None else q_w._base
+        key = None if q_w.is_inference() else (make, q_w._version, q_w.shape, q_w.stride(), q_w.storage_offset(), *args)
+        if key is not None and owner in _PREPARED and _PREPARED[owner][0] == key:
+            return _PREPARED[owner][1]
+        with torch.inference_mode(False):            # for later calls, too
+            made = make(q_w, *args)
+        if key is not None:
+            _PREPARED[owner] = key, made
+        return made
+    return remember
 
-    It is kept as long as the tensor that holds the weight, and made anew where somebody wrote to that.
-    """
-    owner = q_w if q_w._base is None else q_w._base
-    key = None if q_w.is_inference() else (q_w._version, q_w.shape, q_w.storage_offset(), limit, stride, padding)
-    if key is not None and owner in _PREPARED and _PREPARED[owner][0] == key:
-        return _PREPARED[owner][1]
+
+@prepared
+def packed(q_w, limit, stride, padding):
+    """A weight for onednn_product: [(shift, packed, ones, zeros, largest sum of |w|)], one for each int8 digit."""
     one, zero, parts = torch.ones(len(q_w)), torch.zeros(len(q_w), dtype=torch.int32), []
     for shift, digit in int8_digits(q_w, largest_of(q_w), limit, bits=7 if limit == 127 else 6):
-        packed = torch.ops.onednn.qconv_prepack(digit.contiguous(), one, 1.0, 0, [stride] * 2, [padding] * 2,
+        weight = torch.ops.onednn.qconv_prepack(digit.contiguous(), one, 1.0, 0, [stride] * 2, [padding] * 2,
                                                 [1, 1], 1, None)
-        parts.append((shift, packed, one, zero, int(digit.int().abs().flatten(1).sum(1).max())))
-    if key is not None:
-        _PREPARED[owner] = key, parts
+        parts.append((shift, weight, one, zero, int(digit.int().abs().flatten(1).sum(1).max())))
     return parts
+
+
+@prepared
+def two_digits(q_w):
+    """An int16 weight of up to 14 bits for Triton: int8 (2, O, kh, kw, C), the low seven bits and the others."""
+    w = rearrange(q_w, "O C kh kw -> O kh kw C")
+    return torch.stack([w & 127, w >> 7]).to(torch.int8).contiguous()

@@ -16,7 +16,7 @@ import weakref
 import torch
 from einops import rearrange
 
-from plumbing.int8 import int8_product, onednn_is_exact, onednn_product
+from plumbing.int8 import int8_product, onednn_is_exact, onednn_product, two_digits
 
 try:
     import triton
@@ -166,11 +166,8 @@ def exact_or_said(multiply):
     return checked
 
 
-def _takes_integers(q_x, q_w, stride=1, padding=0, scales=None):
-    return q_x.device.type in ("cpu", "cuda") and not q_x.is_floating_point() and not q_w.is_floating_point()
-
-
-@has_kernel("int_product", _takes_integers)
+@has_kernel("int_product", lambda q_x, q_w, *_, **__: q_x.device.type in ("cpu", "cuda")
+            and not q_x.is_floating_point() and not q_w.is_floating_point())
 def int_product(q_x, q_w, stride=1, padding=0, scales=None):
     (B, h, w, _), (O, _, kh, kw) = q_x.shape, q_w.shape
     h, w = (h + 2 * padding - kh) // stride + 1, (w + 2 * padding - kw) // stride + 1
@@ -280,16 +277,29 @@ if triton is not None:
             tl.store(y_ptr + offsets, acc * s[None, :] + tl.load(bias_ptr + c, c < C, other=0)[None, :], mask)
 
     @triton.jit
+    def _write(y, b, pixel, out, y_ptr, pixels, outs, s_x_ptr, s_w_ptr, bias_ptr, more_ptr, SAMPLES: tl.constexpr):
+        """Sums y of these pixels (of picture b) and outputs, as they are or scaled: see _int_kernel."""
+        places = pixel.to(tl.int64)[:, None] * outs + out[None, :]
+        mask = (pixel < pixels)[:, None] & (out < outs)[None, :]
+        if s_x_ptr is not None:
+            s_x, s_w = tl.load(s_x_ptr + b, pixel < pixels, other=0), tl.load(s_w_ptr + out, out < outs, other=0)
+            y = y.to(tl.float32) * (s_x[:, None] * s_w[None, :])
+            y += tl.load(bias_ptr + out, out < outs, other=0)[None, :]
+            if more_ptr is not None:
+                rows = b.to(tl.int64)[:, None] * outs + out[None, :] if SAMPLES else places
+                y += tl.load(more_ptr + rows, mask, other=0)
+        tl.store(y_ptr + places, y, mask)
+
+    @triton.jit
     def _int_kernel(x_ptr, w_ptr, y_ptr, pixels, h, w, h_out, w_out, C, outs, kw, taps, stride, padding,
                     PIXELS: tl.constexpr, OUTS: tl.constexpr, CHANNELS: tl.constexpr, WIDE_X: tl.constexpr,
                     WIDE_W: tl.constexpr, s_x_ptr=None, s_w_ptr=None, bias_ptr=None, more_ptr=None,
                     SAMPLES: tl.constexpr = False):
         """Integers x (B, h, w, C), w (outs, taps, C) -> y (pixels, outs): int32, or float32 sums * (s_x s_w) + bias.
 
-        Given more, that is added: of y's shape, or with SAMPLES (B, outs).
-
-        Each program sums PIXELS x OUTS outputs over taps and channels; no patches are copied. Integer units take int8:
-        wide operands (int16, of up to 14 bits) are cut into x = low + 128 high; the three shifts are summed apart.
+        Given more, that is added: of y's shape, or with SAMPLES (B, outs). Each program sums PIXELS x OUTS outputs over
+        taps and channels; no patches are copied. Integer units take int8: wide operands (int16, of up to 14 bits) are
+        cut into low + 128 high, weights (2, ..) beforehand; the three shifts are summed apart.
         """
         pixel, out = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS), tl.program_id(1) * OUTS + tl.arange(0, OUTS)
         b, i, j = pixel // (h_out * w_out), pixel // w_out % h_out * stride - padding, pixel % w_out * stride - padding
@@ -302,13 +312,13 @@ if triton is not None:
             inside = (pixel < pixels) & (y >= 0) & (y < h) & (x >= 0) & (x < w)
             q_x = tl.load((picture + (y * w + x) * C)[:, None] + c[None, :],
                           inside[:, None] & (c < C)[None, :], other=0)
-            q_w = tl.load(w_ptr + ((out * taps + tap) * C)[None, :] + c[:, None],
-                          (out < outs)[None, :] & (c < C)[:, None], other=0)
-            low_x, low_w = q_x, q_w
+            w_ptrs = w_ptr + ((out * taps + tap) * C)[None, :] + c[:, None]
+            within = (out < outs)[None, :] & (c < C)[:, None]
+            low_x, low_w = q_x, tl.load(w_ptrs, within, other=0)
             if WIDE_X:
                 low_x, high_x = (q_x & 127).to(tl.int8), (q_x >> 7).to(tl.int8)
             if WIDE_W:
-                low_w, high_w = (q_w & 127).to(tl.int8), (q_w >> 7).to(tl.int8)
+                high_w = tl.load(w_ptrs + outs * taps * C, within, other=0)
             acc = tl.dot(low_x, low_w, acc, out_dtype=tl.int32)
             if WIDE_X:
                 acc7 = tl.dot(high_x, low_w, acc7, out_dtype=tl.int32)
@@ -317,18 +327,11 @@ if triton is not None:
             if WIDE_X and WIDE_W:
                 acc14 = tl.dot(high_x, high_w, acc14, out_dtype=tl.int32)
         acc += (acc7 << 7) + (acc14 << 14)
-        y_ptrs = y_ptr + pixel.to(tl.int64)[:, None] * outs + out[None, :]
-        mask = (pixel < pixels)[:, None] & (out < outs)[None, :]
-        if s_x_ptr is not None:
-            s_x, s_w = tl.load(s_x_ptr + b, pixel < pixels, other=0), tl.load(s_w_ptr + out, out < outs, other=0)
-            y = acc.to(tl.float32) * (s_x[:, None] * s_w[None, :])
-            y += tl.load(bias_ptr + out, out < outs, other=0)[None, :]
-            if more_ptr is not None:
-                rows = b if SAMPLES else pixel
-                y += tl.load(more_ptr + rows.to(tl.int64)[:, None] * outs + out[None, :], mask, other=0)
-            tl.store(y_ptrs, y, mask)
-        else:
-            tl.store(y_ptrs, acc, mask)
+        # Written in two halves: more beside all sums would be more than there are registers.
+        left, right = tl.split(tl.permute(tl.reshape(acc, (PIXELS, 2, OUTS // 2)), (0, 2, 1)))
+        out = tl.program_id(1) * OUTS + tl.arange(0, OUTS // 2)
+        _write(left, b, pixel, out, y_ptr, pixels, outs, s_x_ptr, s_w_ptr, bias_ptr, more_ptr, SAMPLES)
+        _write(right, b, pixel, out + OUTS // 2, y_ptr, pixels, outs, s_x_ptr, s_w_ptr, bias_ptr, more_ptr, SAMPLES)
 
 
 def _takes_blocks(x, dim=1, block=32, scale=1.0, dtype=None):
@@ -433,9 +436,9 @@ def _scale(acc, s_x, s_w, bias, *back):
 
 def int_product_triton(q_x, q_w, stride, padding, scales, *shape):
     """q_x and q_w int8, or int16 of up to 14 bits (narrow) -> (*shape, O). scales may have a fourth: what is added."""
-    q_x, w = q_x.contiguous(), rearrange(q_w, "O C kh kw -> O (kh kw C)").contiguous()
     (_, h, w_in, C), (O, _, kh, kw) = q_x.shape, q_w.shape
-    wide, pixels = [t.dtype == torch.int16 for t in (q_x, w)], math.prod(shape)
+    wide, pixels = [t.dtype == torch.int16 for t in (q_x, q_w)], math.prod(shape)
+    q_x, w = q_x.contiguous(), two_digits(q_w) if wide[1] else rearrange(q_w, "O C kh kw -> O kh kw C").contiguous()
     y = torch.empty(*shape, O, dtype=torch.float32 if scales else torch.int32, device=q_x.device)
     if pixels:
         OUTS = 64 if O <= 64 else 128                # the fastest of some thirty choices, on an H200

@@ -450,8 +450,8 @@ def test_sums_past_float32_are_left_to_others():
 def test_prepared_weights_follow_their_tensor():
     """They are made once for a tensor and its views, anew after it was written to, and go with it."""
     q_w, q_x, before = torch.randint(-9, 10, (8, 16), dtype=torch.int8), torch.randint(-3, 4, (4, 1, 1, 16), dtype=torch.int8), len(int8._PREPARED)
-    first = int8.prepared(q_w[:, :, None, None], 127, 1, 0)
-    assert int8.prepared(q_w[:, :, None, None], 127, 1, 0) is first and int8.prepared(q_w[:4, :, None, None], 127, 1, 0) is not first
+    first = int8.packed(q_w[:, :, None, None], 127, 1, 0)
+    assert int8.packed(q_w[:, :, None, None], 127, 1, 0) is first and int8.packed(q_w[:4, :, None, None], 127, 1, 0) is not first
     for _ in range(2):
         assert torch.equal(hqdm.int_product(q_x, q_w[:, :, None, None])[:, 0, 0].long(), q_x[:, 0, 0].long() @ q_w.long().T)
         q_w[2] += 1
