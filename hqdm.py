@@ -1,8 +1,8 @@
 """HQ-DM in one file: 4-bit weights and 4- or 3-bit activations for diffusion models, with one Hadamard transform.
 
 Mao et al., "HQ-DM: Single Hadamard Transformation-Based Quantization-Aware Training for Low-Bit Diffusion Models",
-arXiv 2512.05746. Needs torch and einops alone. All of it is definitions in plain PyTorch. Four functions carry @kernel:
-plumbing/kernels.py, where it is there, has them once more and faster. Skip that file at first reading.
+arXiv 2512.05746. Needs torch and einops alone. All is definitions in plain PyTorch. Decorators (@kernel, @kept ..)
+come from plumbing/kernels.py: they make things faster or warn, and change no result. Read past them.
 
 The trouble: a few activation channels are far larger than the rest (outliers). A 3-bit grid wide enough for them has no
 levels left for the others. The cure: spread each pixel's channel vector with a Hadamard transform H before rounding and
@@ -55,7 +55,6 @@ weight before it is rounded; a scale s_w for each output channel; a scale s_x fo
     t, S      timesteps     (S,)                       DDIM times with a scale; a sample takes the nearest to its t
 """
 import contextlib
-import itertools
 import math
 import threading
 from typing import NamedTuple
@@ -118,7 +117,7 @@ def walsh(x, dim=1, block=32, scale=1.0, dtype=None):
     """scale R x: the transform with entries +-1, block by block along `dim`. Integers in, exactly those integers out.
 
     Any shape. Integer tensors give int32 unless another `dtype` is asked for; float32 tensors may hold integers up to
-    2^24 / block. Differentiable. Raises ValueError where check_block does.
+    2^24 / block. Differentiable. Raises ValueError where check_block does, and where an int32 could not hold R x.
     """
     check_block(x.shape[dim], block)
     blocks = x.movedim(dim, -1).unflatten(-1, (-1, block))       # (.., C / k, k)
@@ -130,7 +129,7 @@ def walsh(x, dim=1, block=32, scale=1.0, dtype=None):
             raise ValueError(f"R x of integers up to {int_max(x):,} could pass int32")
         y = _fwht(blocks.to(torch.int32))                        # not every device multiplies integer matrices
         y = y if scale == 1 else y * scale
-    return y.flatten(-2).movedim(-1, dim).to(dtype or (x.dtype if x.is_floating_point() else torch.int32))
+    return y.flatten(-2).movedim(-1, dim).to(dtype or y.dtype)
 
 
 def hadamard(x, dim=1, block=32):
@@ -161,14 +160,13 @@ def make_grid(bits, kind):
 
     "asymmetric": 0 .. 2^b - 1, to go with a zero point. "midtread", the paper's: -q_max .. q_max with 0 in the middle,
     q_max = 2^(b-1) - 1; one of 2^b codes is left over. "midrise" uses all for odd numbers, up to 2^b - 1, and has no 0.
+    Raises ValueError for another kind.
     """
-    if kind not in ("asymmetric", *GRIDS):
+    most, half = 2**bits - 1, 2 ** (bits - 1) - 1
+    grids = {"asymmetric": Grid(0, most), "midtread": Grid(-half, half), "midrise": Grid(-most, most, step=2)}
+    if kind not in grids:
         raise ValueError(f"there is no grid {kind!r}; choose {', '.join(GRIDS)}")
-    if not isinstance(bits, int) or bits < 1 + (kind == "midtread"):
-        raise ValueError(f"there is no {kind} grid of {bits} bits")
-    if kind == "midtread":
-        return Grid(-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1)
-    return Grid(0, 2**bits - 1) if kind == "asymmetric" else Grid(-(2**bits - 1), 2**bits - 1, step=2)
+    return grids[kind]
 
 
 def round_ste(x, step=1):
@@ -182,17 +180,18 @@ def round_ste(x, step=1):
 
 
 def clamp_ste(q, low, high):
-    """clamp(q, low, high); q gets the gradient from low to high, both ends included (torch's clamp: up to 2.13)."""
+    """clamp(q, low, high); q gets the gradient from low to high, both ends included (torch.clamp: up to torch 2.13)."""
     if not q.requires_grad:
         return q.clamp(low, high)
     return torch.where((low <= q) & (q <= high), q, q.detach().clamp(low, high))
 
 
 def quantize(v, s, z, grid):
-    """v -> clamp(round(v / s) + z, low, high) - z: integers of a Grid, as floats, of which s times them is v, rounded.
+    """v -> clamp(round(v / s) + z, low, high) - z: integers, as floats; s times them is v, rounded to the grid.
 
     Gradients are those of LSQ (Esser et al. 2020, arXiv 1902.08153): v gets the gradient where round(v/s) + z is on the
-    grid, none outside; for s * quantize(v, s, ..) the scale gets round(v/s) - v/s on the grid, q_max outside.
+    grid, none outside; for s * quantize(v, s, ..) the scale gets round(v/s) - v/s on the grid, the end of it, less z,
+    outside.
     """
     q = round_ste(v / s, grid.step)
     return clamp_ste(q, grid.low, grid.high) if z is None else clamp_ste(q + z, grid.low, grid.high) - z
@@ -241,7 +240,7 @@ class ActivationQuantizer(nn.Module):
 
     @kept_while_frozen
     def scales(self):
-        """s_x and z_x (None: 0) of all steps, (S,) each. Off the grid z_x would take 0.0 with it: padding is exact."""
+        """s_x and z_x (None: 0) of all steps, (S,) each. z_x stays on the grid: so does 0.0, and padding is exact."""
         return self.log_s_x.exp(), None if self.symmetric else clamp_ste(round_ste(self.z_x), *self.grid[:2])
 
     def freeze(self):
@@ -360,22 +359,20 @@ class HQLayer(nn.Module):
         Integers have the smallest dtype that holds them. Floats are float64 where sums of frozen weights could round in
         float32; in training, float32.
         """
-        (q_w, s_w), frozen = self.weights(), self.weights.frozen
-        s_w = s_w.flatten() / math.sqrt(self.k)
+        q_w, s_w = self.weights()
         if q_w.ndim == 4:                                        # laid out as the images are
             q_w = q_w.contiguous(memory_format=torch.channels_last)
-        k = 1 if self.integer and self.view == "A" else self.k
-        q_w = walsh(q_w, 1, k) if k > 1 else q_w
+        if self.k > 1 and not (self.integer and self.view == "A"):
+            q_w = walsh(q_w, 1, self.k)
         if self.integer:
-            largest = int(q_w.abs().max()) if frozen else k * (2**self.scheme.wbits - 1)
-            return q_w.detach().to(narrow(largest)), s_w
-        if not frozen:
-            return q_w, s_w
-        (_, z), q_max = self.activations.scales(), self.activations.q_max
-        reach = q_max if z is None else torch.maximum(z, q_max - z).max()        # of |q_x|
-        # No sum, whole or partial, is larger than this product. A GPU's TF32 units also want operands of 11 bits.
-        wide = q_w.abs().flatten(1).sum(1).max() * reach >= 2**24 or q_w.is_cuda and q_w.abs().max() > 2**11
-        return q_w.double() if wide else q_w, s_w
+            q_w = q_w.detach()
+            q_w = q_w.to(narrow(int_max(q_w)))
+        elif self.weights.frozen:
+            (_, z), q_max = self.activations.scales(), self.activations.q_max
+            reach = q_max if z is None else torch.maximum(z, q_max - z).max()    # of |q_x|
+            largest = q_w.abs().flatten(1).sum(1).max() * reach                  # no sum, whole or partial, is larger
+            q_w = q_w.double() if largest >= 2**24 or q_w.abs().max() > 2**11 else q_w       # 11 bits: TF32's
+        return q_w, s_w.flatten() / math.sqrt(self.k)
 
     @exact_or_said
     def multiply(self, q_x, q_w, scales=None):
@@ -405,7 +402,7 @@ class HQConv2d(HQLayer):
 
     def __init__(self, layer, *args, **kwargs):
         plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
-        if not plain or len(set(layer.stride)) > 1 or len(set(layer.padding)) > 1:      # a word like "same" has letters
+        if not plain or isinstance(layer.padding, str) or len({*layer.stride}) > 1 or len({*layer.padding}) > 1:
             raise ValueError("HQConv2d needs groups 1, dilation 1, and one number each for stride and zero padding")
         self.stride, self.padding = layer.stride[0], layer.padding[0]
         super().__init__(layer, *args, **kwargs)
@@ -469,13 +466,13 @@ def int_conv2d(q_x, q_w, stride=1, padding=0):
 
 
 def int_max(q):
-    """The largest |q|, a Python integer (int16 has no 32768). On a GPU, the host waits for it."""
+    """The largest |q|, a Python integer (int16 has no 32768)."""
     return max(-int(q.min()), int(q.max())) if q.numel() else 0
 
 
 @kernel
 def int_product(q_x, q_w, stride=1, padding=0, scales=None):
-    """int_conv2d of operands known to fit, of the dtypes narrow says; with scales, not the sums but scale_and_bias."""
+    """int_conv2d unchecked; with scales, scale_and_bias of the sums. ValueError where a device has no integers."""
     if q_x.device.type != "cpu":
         raise ValueError(f"integers run on the cpu, and on cuda with plumbing/kernels.py; not on {q_x.device.type}")
     (kh, kw), q_x = q_w.shape[2:], F.pad(q_x.to(torch.int32), (0, 0) + (padding,) * 4)
@@ -497,9 +494,7 @@ def accumulator_bound(taps, q_x_max, q_w_max, block=1):
 
 
 def narrow(largest):
-    """The smallest dtype for integers -largest .. largest: int8, int16 up to 14 bits, int32."""
-    if largest >= 2**31:
-        raise ValueError(f"{largest:,} is past int32")
+    """A dtype for integers -largest .. largest: int8; int16 below 2^14, two int8 digits of 7 bits; else int32."""
     return torch.int8 if largest < 2**7 else torch.int16 if largest < 2**14 else torch.int32
 
 
@@ -508,9 +503,8 @@ def pack_weights(q, bits):
 
     Raises ValueError for other numbers than those, and for more than 8 bits.
     """
-    low, high, _ = make_grid(bits, "asymmetric")
-    if bits > 8 or q.numel() and (q.min() < low or q.max() > high or (q != q.round()).any()):
-        raise ValueError(f"{bits} bits (8 at most) pack the integers {low} .. {high}, and not all of these are some")
+    if bits > 8 or not ((q >= 0) & (q < 2**bits) & (q == q.round())).all():
+        raise ValueError(f"{bits} bits (8 at most) pack the integers 0 .. {2**bits - 1}, and some of these are others")
     q = q.flatten().to(torch.uint8)
     if bits > 4:
         return q
@@ -527,7 +521,11 @@ def unpack_weights(packed, bits, shape):
 
 # ---------------------------------------------------------------- 5. which DDIM step is it?
 
-_calls = threading.local()       # .steps: (whose, one-hot matrix) of each call that this thread is in, innermost last
+class _Calls(threading.local):
+    steps = ()                       # (whose, one-hot matrix) of each call that this thread is in, innermost last
+
+
+_calls = _Calls()
 
 
 @contextlib.contextmanager
@@ -538,7 +536,7 @@ def at(t, timesteps):
     ends with it: two threads that draw from one model do not meet; a layer called on its own, or computed once more in
     a backward pass (torch.utils.checkpoint), gets an error rather than the scale of some other call.
     """
-    before = getattr(_calls, "steps", ())
+    before = _calls.steps
     _calls.steps = (*before, (None, one_hot(t, timesteps)))
     try:
         yield
@@ -547,13 +545,12 @@ def at(t, timesteps):
 
 
 def _enter(network, args, kwargs):                   # a network's hooks: the same around each forward
-    steps = one_hot(time_of(args, kwargs), network.hqdm_timesteps)
-    _calls.steps = (*getattr(_calls, "steps", ()), (network, steps))
+    _calls.steps += (network, one_hot(time_of(args, kwargs), network.hqdm_timesteps)),
 
 
 def _leave(network, *_):                             # comes after an error, too, even of a hook that was before _enter
-    steps = getattr(_calls, "steps", ())
-    _calls.steps = steps[:-1] if steps and steps[-1][0] is network else steps
+    if _calls.steps and _calls.steps[-1][0] is network:
+        _calls.steps = _calls.steps[:-1]
 
 
 def _keep_nan(network, args, kwargs, y):
@@ -561,7 +558,7 @@ def _keep_nan(network, args, kwargs, y):
 
     One that arises between two layers of a network becomes a number there.
     """
-    if torch.is_tensor(y) and y.ndim > 1 and any(layer.integer for layer in layers(network)):
+    if torch.is_tensor(y) and y.is_floating_point() and y.ndim > 1 and any(layer.integer for layer in layers(network)):
         for x in (*args, *kwargs.values()):
             if torch.is_tensor(x) and x.ndim > 1 and len(x) == len(y):
                 y = torch.where(x.isnan().flatten(1).any(1).view(-1, *[1] * (y.ndim - 1)), math.nan, y)
@@ -570,9 +567,10 @@ def _keep_nan(network, args, kwargs, y):
 
 def time_of(args, kwargs={}):
     """The t of a call network(x, t, ..): the input named t, or else the second. TypeError without it."""
-    if len(args) < 2 and kwargs.get("t") is None:
+    t = kwargs.get("t", args[1] if len(args) > 1 else None)
+    if t is None:
         raise TypeError("a network with scales for several timesteps takes t: call network(x, t, ..)")
-    return kwargs["t"] if "t" in kwargs else args[1]
+    return t
 
 
 def one_hot(t, timesteps):
@@ -589,7 +587,7 @@ def at_step(values, batch):
     """
     if len(values) == 1:
         return values.expand(batch)
-    if not getattr(_calls, "steps", ()):
+    if not _calls.steps:
         raise RuntimeError("which DDIM step is this? call the layer through its network, or in hqdm.at(t, timesteps)")
     steps = _calls.steps[-1][1].to(values.device)    # (B, S)
     if len(steps) not in (1, batch) or steps.shape[1] != len(values):
@@ -599,7 +597,7 @@ def at_step(values, batch):
 
 # ---------------------------------------------------------------- 6. where the scales come from
 
-def search_scale(v, grid, p, ends=False, span=None, shrinks=80):
+def search_scale(v, grid, p, ends=False, span=None):
     """Rows of v (R, n) -> scale s (R, 1) and zero point z (R, 1), by trying 80 shrinks of each row's (min, max).
 
     Kept is the shrink with the least sum |v - v_hat|^p: p = 2.4 for weights (the authors' code), 2 for activations.
@@ -607,17 +605,14 @@ def search_scale(v, grid, p, ends=False, span=None, shrinks=80):
     asymmetric grids. Shrunk together they never change z. Values out of a SiLU lie between -0.28 and 5, say: at 3 bits
     that is z = 0, and all that is negative is lost. With the lower end kept, the upper one can come down until z = 1.
     """
-    few = max(1, 2**21 // ((3 if ends else 1) * shrinks * v.shape[1]))       # rows that a CPU's cache holds: faster
-    if v.device.type == "cpu" and len(v) > few:
-        spans = zip(*(end.split(few) for end in span)) if span else itertools.repeat(None)
-        parts = [search_scale(rows, grid, p, ends, each, shrinks) for rows, each in zip(v.split(few), spans)]
-        return tuple(map(torch.cat, zip(*parts)))
+    few = max(1, 2**21 // (80 * v.shape[1]))                                 # rows at a time, for a CPU's speed
+    if v.device.type == "cpu" and len(v) > few and span is None:
+        return tuple(map(torch.cat, zip(*[search_scale(rows, grid, p, ends) for rows in v.split(few)])))
     lo, hi = span or (v.amin(1, keepdim=True), v.amax(1, keepdim=True))
     (q_min, q_max, _), lo, hi = grid, lo.clamp(max=0), hi.clamp(min=0)          # 0 stays on the grid: padding is exact
-    shrink = 1 - torch.arange(shrinks, device=v.device, dtype=v.dtype).view(-1, 1, 1) / shrinks
-    one = torch.ones_like(shrink)
-    low, high = (torch.cat([shrink, shrink, one]), torch.cat([shrink, one, shrink])) if ends else (shrink, shrink)
-    lo, hi = lo * low, hi * high                                             # (80 or 240, R, 1): all candidates at once
+    shrink = 1 - torch.arange(80, device=v.device, dtype=v.dtype).view(-1, 1, 1) / 80
+    both, lo_only, hi_only = (lo * shrink, hi * shrink), (lo * shrink, hi + 0 * shrink), (lo + 0 * shrink, hi * shrink)
+    lo, hi = map(torch.cat, zip(both, lo_only, hi_only)) if ends else both      # (80 or 240, R, 1): all candidates
     s = (hi - lo) / (q_max - q_min) if q_min == 0 else torch.maximum(-lo, hi) / q_max
     s = s.clamp(min=1e-8)                                                    # a row of zeros: any scale
     z = (-lo / s).round().clamp(q_min, q_max) if q_min == 0 else torch.zeros_like(s)
@@ -630,41 +625,20 @@ def search_scale(v, grid, p, ends=False, span=None, shrinks=80):
 def fit_scale(quantizer, x, step=0, samples=8192):
     """Set one step's scale (and zero point) of an ActivationQuantizer by least squared error on its input x (B, .., C).
 
+    The range is that of all values of H x; the error is that of `samples` of them, drawn at random, always the same.
     Raises ValueError where x is not finite, or has other channels than the quantizer.
     """
-    fit_scales([(quantizer, *sample_of(quantizer, x, samples))], step)
-
-
-@kept
-def places(n, samples, device):
-    """Numbers below n drawn at random, always the same: (samples,)."""
-    return torch.randint(n, (samples,), generator=torch.Generator().manual_seed(0)).to(device)
-
-
-def sample_of(quantizer, x, samples=8192):
-    """Of the values of H x: some drawn at random, (1, samples); the smallest and the largest of all, (1, 1) each."""
     if x.shape[-1] != quantizer.channels:
         raise ValueError(f"no scale fits x {(*x.shape,)}: it must end in {quantizer.channels} channels")
     v = hadamard(x.float(), -1, quantizer.block).flatten()
-    return v[places(len(v), samples, v.device)][None], v.amin().view(1, 1), v.amax().view(1, 1)
-
-
-def fit_scales(found, step):
-    """fit_scale of many quantizers, each with what sample_of found: those that share a grid are searched at once."""
-    grids = {}
-    for quantizer, *samples in found:
-        grids.setdefault((quantizer.grid, quantizer.symmetric), []).append((quantizer, *samples))
-    for (grid, symmetric), rows in grids.items():
-        quantizers, *samples = zip(*rows)
-        v, lo, hi = map(torch.cat, samples)                      # the range of all values, the error of a sample
-        if not (hi - lo).isfinite().all():
-            raise ValueError("no scale fits an activation that is not finite")
-        s, z = search_scale(v, grid, p=2, ends=not symmetric, span=(lo, hi))
-        log_s = s.where((lo != 0) | (hi != 0), 1.0).log()        # of zeros alone: 1, as good as any
-        for i, quantizer in enumerate(quantizers):
-            quantizer.log_s_x[step] = log_s[i, 0]
-            if not symmetric:
-                quantizer.z_x[step] = z[i, 0]
+    lo, hi = v.amin().view(1, 1), v.amax().view(1, 1)
+    if not (hi - lo).isfinite():
+        raise ValueError("no scale fits an activation that is not finite")
+    drawn = torch.randint(len(v), (samples,), generator=torch.Generator().manual_seed(0)).to(v.device)
+    s, z = search_scale(v[drawn][None], quantizer.grid, p=2, ends=not quantizer.symmetric, span=(lo, hi))
+    quantizer.log_s_x[step] = s[0, 0].log() if lo.any() or hi.any() else 0.0         # of zeros alone: s_x = 1 will do
+    if not quantizer.symmetric:
+        quantizer.z_x[step] = z[0, 0]
 
 
 def check_calibrated(quantizer):
@@ -689,13 +663,14 @@ def calibrate(student, teacher, batches):
     for a layer that a call uses twice.
     """
     times, twins = student.hqdm.timesteps, dict(teacher.named_modules())
-    left, found = list(times), {}                                # found: {layer: (quantizer, *sample_of ..)} of a call
+    left, seen = list(times), set()                              # steps still to come; layers met in this call
 
     def look_at(name, layer):
         def look(_, args):
-            if name in found:
+            if name in seen:
                 raise ValueError(f"{name} is used twice in a call, and has one scale; leave it in float: skip={[name]}")
-            found[name] = layer.activations, *sample_of(layer.activations, layer.channels_last(args[0]))
+            seen.add(name)
+            fit_scale(layer.activations, layer.channels_last(args[0]), step)
         return look
     hooks = [twins[name].register_forward_pre_hook(look_at(name, layer)) for name, layer in student.named_modules()
              if isinstance(layer, HQLayer)]
@@ -705,9 +680,9 @@ def calibrate(student, teacher, batches):
             if len(t) != 1 or t[0] not in left:
                 raise ValueError("calibrate takes one batch for each of the timesteps, with that t for all samples")
             left.remove(t[0])
-            found.clear()
+            step = times.index(t[0])
+            seen.clear()
             teacher(*batch)
-            fit_scales(found.values(), times.index(t[0]))
     finally:
         for hook in hooks:
             hook.remove()
@@ -733,10 +708,9 @@ def quantize_network(network, scheme=Scheme(), eight_bits=None, skip=(), packed=
     """
     if hasattr(network, "hqdm"):
         raise ValueError("this network is quantized already; start from the float one")
-    eight, rows, made, counted = first_and_last(network) if eight_bits is None else eight_bits, [], {}, set()
-    for name, module in network.named_modules(remove_duplicate=False):
-        size = 4 * sum(p.numel() for p in set(module.parameters(recurse=False)) - counted)
-        counted.update(module.parameters(recurse=False))         # each parameter once, under whichever name
+    eight, rows, made = first_and_last(network) if eight_bits is None else eight_bits, [], {}
+    for name, module in network.named_modules():
+        size = 4 * sum(p.numel() for p in module.parameters(recurse=False))
         left, low = matches(skip, name, module), matches(eight, name, module)
         if isinstance(module, MATRICES) and not left:
             own = scheme._replace(wbits=8, abits=8, rotation="none", grid="midtread") if low else scheme
@@ -759,8 +733,9 @@ def quantize_network(network, scheme=Scheme(), eight_bits=None, skip=(), packed=
         parent, _, child = name.rpartition(".")
         setattr(network.get_submodule(parent), child, layer.requires_grad_(not packed))
     network.hqdm = scheme
-    for key, v in (("timesteps", scheme.timesteps), ("layers", [meaning(m) for m in layers(network)])):
-        network.register_buffer(f"hqdm_{key}", torch.tensor(v, device=layer.bias.device))
+    meanings, device = [meaning(m) for m in layers(network)], layer.bias.device
+    network.register_buffer("hqdm_timesteps", torch.tensor(scheme.timesteps, device=device))
+    network.register_buffer("hqdm_layers", torch.tensor(meanings, device=device))
     network._register_load_state_dict_pre_hook(_check_meaning, with_module=True)
     network.register_forward_hook(_keep_nan, with_kwargs=True)
     if len(scheme.timesteps) > 1:
@@ -792,9 +767,8 @@ def _check_meaning(network, state_dict, prefix, *_):
 def quantized_layer(network, name, scheme, packed):
     """The quantized form of a network's layer; ValueError where it could not take the layer's place."""
     layer = network.get_submodule(name)
-    own = {"forward", "_conv_forward"} & vars(layer).keys()      # what somebody gave to it, or to its class
-    own = own or isinstance(layer, nn.Conv2d) and type(layer)._conv_forward is not nn.Conv2d._conv_forward
-    if own or type(layer).forward not in (nn.Conv2d.forward, nn.Linear.forward):
+    plain = type(layer).forward in (nn.Conv2d.forward, nn.Linear.forward) and "forward" not in vars(layer)
+    if not plain or getattr(type(layer), "_conv_forward", nn.Conv2d._conv_forward) is not nn.Conv2d._conv_forward:
         raise ValueError(f"a {type(layer).__name__} has no quantized form, only nn.Conv2d and nn.Linear have")
     if not name:
         raise ValueError("a lone layer cannot be replaced in place; put it into an nn.Sequential")
@@ -808,10 +782,10 @@ def quantized_layer(network, name, scheme, packed):
 def first_and_last(network):
     """{name: why} of the layers at 8 bits by default: the first of each kind, the last, and EIGHT_BITS by name."""
     found = {n: m for n, m in network.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
-    chosen = {n: "last layer" for n in list(found)[-1:]}
-    for kind in (nn.Conv2d, nn.Linear):
-        chosen.update({n: "first of its kind" for n in [n for n, m in found.items() if isinstance(m, kind)][:1]})
-    return {**chosen, **{n: why for n in found for part, why in EIGHT_BITS.items() if part in n.split(".")}}
+    convs, linears = ([n for n, m in found.items() if isinstance(m, kind)] for kind in (nn.Conv2d, nn.Linear))
+    return {**{n: "last layer" for n in list(found)[-1:]},
+            **{n: "first of its kind" for n in convs[:1] + linears[:1]},
+            **{n: why for n in found for part, why in EIGHT_BITS.items() if part in n.split(".")}}
 
 
 def matches(which, name, module):

@@ -45,11 +45,11 @@ def rounded(norm, layer, x):
 
     x (B, h, w, C) is read for its moments, once more for the rest, and the integers are written once.
     """
-    (scale, shift), *_ = scale_and_shift(rearrange(x, "B h w C -> B C h w"), norm.num_groups, norm.weight, norm.bias,
-                                         norm.eps)
-    quantizer, q, n = layer.activations, torch.empty_like(x, dtype=layer.dtype), x[0].numel()
-    s_x, z = (v if v is None else v.contiguous() for v in quantizer.of_steps(len(x)))
-    K = width(layer)
+    images = rearrange(x, "B h w C -> B C h w")
+    (scale, shift), *_ = scale_and_shift(images, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    quantizer, q, n, K = layer.activations, torch.empty_like(x, dtype=layer.dtype), x[0].numel(), width(layer)
+    with full_float32(x.device):
+        s_x, z = (v if v is None else v.contiguous() for v in quantizer.of_steps(len(x)))
     _quantize_kernel[(len(x), triton.cdiv(n, 4096))](
         x, s_x, z, q, n, *quantizer.grid, K, 4096 // K, quantizer.block**-0.5, scale_ptr=scale, shift_ptr=shift,
         C=x.shape[-1], SILU=norm.silu, enable_fp_fusion=False)

@@ -337,16 +337,19 @@ def test_gradients_reach_everything_that_is_learned():
         assert {id(p) for p in learned(new)} == {id(p) for p in new.parameters()}
 
 
-@pytest.mark.parametrize("rotation, wbits, view, dtype", [
-    ("none", 5, "B", torch.int8), ("single", 4, "B", torch.int16), ("single", 4, "A", torch.int8), ("none", 8, "B", torch.int16)])
-def test_operands_are_as_narrow_as_they_can_be(rotation, wbits, view, dtype):
-    """q_w - z of 4 bits is within 15, and (q_w - z) R within 480: before freezing the format says so, later the weights."""
+@pytest.mark.parametrize("rotation, wbits, view, wide", [
+    ("none", 5, "B", False), ("single", 4, "B", True), ("single", 4, "A", False), ("none", 8, "B", True)])
+def test_operands_are_as_narrow_as_they_can_be(rotation, wbits, view, wide):
+    """q_w - z of 4 bits is within 15, (q_w - z) R of equal weights not within 127: int8 where all fit, else int16."""
     new, _, _ = layer("conv", rotation, wbits)
     new.integer, new.view = True, view
-    assert new.operand()[0].dtype == dtype
-    new.freeze()
-    new.weights.q_w.fill_(0x88 if wbits == 4 else 8), new.weights.z_w.fill_(8)       # all integers 0
-    assert new.operand()[0].dtype == torch.int8 and not new.operand()[0].any()
+    for freeze in (lambda: None, new.freeze):
+        freeze()
+        q, expected = new.operand()[0], hqdm.walsh(new.weights()[0], 1, new.k if view == "B" else 1)
+        assert torch.equal(q.float(), expected) and q.dtype == (torch.int8 if expected.abs().max() < 128 else torch.int16)
+    for z, dtype in ((0, torch.int16 if wide else torch.int8), (15, torch.int8)):    # all integers 15 or 255, or 0
+        new.weights.q_w.fill_(0xff if wbits != 5 else 15), new.weights.z_w.fill_(z if wbits != 8 else 17 * z)
+        assert new.operand()[0].dtype == dtype and bool(new.operand()[0].any()) == (z == 0)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

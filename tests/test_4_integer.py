@@ -80,8 +80,6 @@ def test_what_has_no_integer_product_is_refused():
         hqdm.int_conv2d(q_x * 2**14, -q_w * 2**14)
     with pytest.raises(ValueError, match="integers up to 268,435,456"):
         hqdm.walsh(torch.full((1, 8), -2**28), 1, 8)
-    with pytest.raises(ValueError, match="2,147,483,648 is past int32"):
-        hqdm.narrow(2**31)
 
 
 @pytest.mark.filterwarnings("error:float convolutions")
@@ -343,13 +341,14 @@ def test_one_pass_has_the_bits_of_two(dtype, block, silu):
     x = torch.randn(3, 64, 16, 8, device=device).contiguous(memory_format=torch.channels_last)
     norm, s = module.GroupNorm(64, silu).to(device), torch.tensor([3e-6, 7e-7, 1.1e-6], device=device)
     z = None if block > 1 else torch.tensor([5.0, 0.0, -3.0], device=device)
-    quantizer = types.SimpleNamespace(block=block, grid=hqdm.Grid(-2**22, 2**22, 1), of_steps=lambda n: (s, z))
+    quantizer = types.SimpleNamespace(block=block, grid=hqdm.Grid(-2**22, 2**22, 1), of_steps=lambda n: (torch.eye(n, device=device) @ s, z))
     layer = types.SimpleNamespace(activations=quantizer, dtype=dtype)
     with torch.no_grad():
         y = blocks.last(module.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu))
         expected = kernels.rotate_and_quantize(y, s, z, quantizer.grid, block, torch.float32)
-        q, s_x = blocks.rounded(norm, layer, blocks.last(x))
-    assert q.dtype == dtype and torch.equal(q.float(), expected) and s_x is s and expected.abs().max() > 2**21
+        with torch.autocast(device.type, torch.bfloat16):        # bf16 scales would be others
+            q, s_x = blocks.rounded(norm, layer, blocks.last(x))
+    assert q.dtype == dtype and torch.equal(q.float(), expected) and torch.equal(s_x, s) and expected.abs().max() > 2**21
 
 
 def test_views_need_no_float():

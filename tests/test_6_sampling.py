@@ -34,7 +34,7 @@ def made(scheme):
     hqdm.quantize_network(student, scheme)
     x, y = torch.randn(2, 3, 32, 32), torch.tensor([1, 10])
     with pytest.MonkeyPatch.context() as m:                      # from fewer values: faster
-        m.setattr(hqdm, "sample_of", functools.partial(hqdm.sample_of, samples=1024))
+        m.setattr(hqdm, "fit_scale", functools.partial(hqdm.fit_scale, samples=1024))
         hqdm.calibrate(student, teacher, [(x, torch.full((2,), t), y) for t in scheme.timesteps])
     for layer in hqdm.layers(student):
         torch.nn.init.normal_(layer.weights.lora_B, std=0.01)

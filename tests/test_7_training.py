@@ -41,7 +41,7 @@ def small_runs():
     """Runs of train.py in seconds: calibration from fewer values, two walks for 8, two pictures, none of untrained."""
     walks, draw = train.trajectories, train.draw
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(hqdm, "sample_of", functools.partial(hqdm.sample_of, samples=512))
+        m.setattr(hqdm, "fit_scale", functools.partial(hqdm.fit_scale, samples=512))
         m.setattr(train, "trajectories", lambda teacher, n, *more: walks(teacher, 2 if n == 8 else n, *more))
         m.setattr(train, "draw", lambda model, n, *more, **named: draw(model, min(n, 2), *more, **named))
         m.setattr(train, "untrained_pictures", lambda *_: {"float": torch.zeros(2, 3, 32, 32, dtype=torch.uint8)})
