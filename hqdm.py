@@ -152,6 +152,7 @@ class Grid(NamedTuple):
     step: int = 1
 
 
+ROTATIONS = ("none", "single", "double")         # see HQLayer
 GRIDS = ("midtread", "midrise")      # of rotated activations; all else is asymmetric
 
 
@@ -428,9 +429,6 @@ class HQLinear(HQLayer):
     def multiply_int(self, q_x, q_w, scales=None):
         tokens = q_x.reshape(len(q_x), math.prod(q_x.shape[1:-1]), 1, q_x.shape[-1])
         return super().multiply_int(tokens, q_w[:, :, None, None], scales).view(*q_x.shape[:-1], len(q_w))
-
-
-ROTATIONS = ("none", "single", "double")
 
 
 def check_scheme(scheme):
