@@ -702,27 +702,27 @@ def quantize_network(network, scheme=Scheme(), eight_bits=None, skip=(), packed=
     network: forward(x), or forward(x, t, ..) with t (B,) second; each sample takes the scales of the timestep nearest
     to its t. eight_bits: layers that get 8 bits and no rotation (first_and_last); skip: modules that stay in float: for
     both see matches. packed: ready for load_state_dict of frozen integers. Raises ValueError, naming module and remedy,
-    where something has no quantized form; the network is then as it was.
+    where something has no quantized form; the network is then as it was. Only the new layers are trained after it.
     """
     if hasattr(network, "hqdm"):
         raise ValueError("this network is quantized already; start from the float one")
     eight, rows, made = first_and_last(network) if eight_bits is None else eight_bits, [], {}
     for name, module in network.named_modules():
         size = 4 * sum(p.numel() for p in module.parameters(recurse=False))
-        left, low = matches(skip, name, module), matches(eight, name, module)
-        if isinstance(module, MATRICES) and not left:
-            own = scheme._replace(wbits=8, abits=8, rotation="none", grid="midtread") if low else scheme
+        skipped, at_8 = matches(skip, name, module), matches(eight, name, module)
+        if isinstance(module, MATRICES) and not skipped:
+            own = scheme._replace(wbits=8, abits=8, rotation="none", grid="midtread") if at_8 else scheme
             try:
                 made[name] = quantized_layer(network, name, own, packed)
-                twin = made[name] if packed else quantized_layer(network, name, own, packed=True)
+                twin = made[name] if packed else quantized_layer(network, name, own, packed=True)    # its size
             except ValueError as e:
                 raise ValueError(f"{name or 'the network'}: {e}; or leave it in float with skip={[name]}") from None
-            note = f"{'asked for' if eight_bits else eight[name]}: 8 bits, not rotated" if low else ""
-            packs = sum(v.nbytes for v in twin.state_dict().values())
+            note = f"{'asked for' if eight_bits else eight[name]}: 8 bits, not rotated" if at_8 else ""
+            packed_bytes = sum(v.nbytes for v in twin.state_dict().values())
             grid, k = own.grid if own.rotation != "none" else "asymmetric", twin.activations.block
-            rows.append((name, type(module).__name__, *own[:3], grid, k, note, twin.bound, size, packs))
+            rows.append((name, type(module).__name__, *own[:3], grid, k, note, twin.bound, size, packed_bytes))
         elif size:
-            why = "skip asked for it" if left else "a table" if isinstance(module, nn.Embedding) else "no matrix"
+            why = "skip asked for it" if skipped else "a table" if isinstance(module, nn.Embedding) else "no matrix"
             rows.append((name, type(module).__name__, 32, 32, "none", "none", 1, f"float: {why}", 0, size, size))
     if not made:
         raise ValueError("this network has no nn.Conv2d or nn.Linear to quantize")
