@@ -363,11 +363,11 @@ class HQLayer(nn.Module):
         q_w, s_w = self.weights()
         if q_w.ndim == 4:                                        # laid out as the images are
             q_w = q_w.contiguous(memory_format=torch.channels_last)
-        if self.k > 1 and not (self.integer and self.view == "A"):
-            q_w = walsh(q_w, 1, self.k)
-        if self.integer:
-            q_w = q_w.detach()
-            q_w = q_w.to(narrow(int_max(q_w)))
+        k = 1 if self.integer and self.view == "A" else self.k
+        q_w = walsh(q_w, 1, k) if k > 1 else q_w
+        if self.integer:                                         # what is trained is not looked at: that takes time
+            largest = int_max(q_w) if self.weights.frozen else k * (2**self.scheme.wbits - 1)
+            q_w = q_w.detach().to(narrow(largest))
         elif self.weights.frozen:
             (_, z), q_max = self.activations.scales(), self.activations.q_max
             reach = q_max if z is None else torch.maximum(z, q_max - z).max()    # of |q_x|
