@@ -543,7 +543,7 @@ def at(t, timesteps):
 
 
 def _enter(network, args, kwargs):                   # a network's hooks: the same around each forward
-    _calls.steps += (network, one_hot(time_of(args, kwargs), network.hqdm_timesteps)),
+    _calls.steps += ((network, one_hot(time_of(args, kwargs), network.hqdm_timesteps)),)
 
 
 def _leave(network, *_):                             # comes after an error, too, even of a hook that was before _enter
