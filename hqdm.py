@@ -556,7 +556,7 @@ def _keep_nan(network, args, kwargs, y):
 
     One that arises between two layers of a network becomes a number there.
     """
-    if torch.is_tensor(y) and y.is_floating_point() and y.ndim > 1 and any(layer.integer for layer in layers(network)):
+    if torch.is_tensor(y) and y.is_floating_point() and y.ndim > 0 and any(layer.integer for layer in layers(network)):
         for x in (*args, *kwargs.values()):
             if torch.is_tensor(x) and x.ndim > 1 and len(x) == len(y):
                 y = torch.where(x.isnan().flatten(1).any(1).view(-1, *[1] * (y.ndim - 1)), math.nan, y)

@@ -22,7 +22,7 @@ import torch.nn as nn
 from einops import rearrange
 
 import hqdm
-from plumbing.runs import (check_out, finite, natural, new_parser, one_line, pick_device, positive, provenance,
+from plumbing.runs import (check_out, natural, new_parser, number, one_line, pick_device, positive, provenance,
                            read_checkpoint, recorded, run_cli, whole_file, write_json)
 from unet import T, UNet, ddim, ddim_timesteps
 
@@ -308,7 +308,7 @@ def write_files(args, drawn):
         print(f"wrote {target}: {len(images)} pictures of {name}")
 
 
-def write_scores(args, drawn, judge, began):
+def write_scores(args, drawn, judge, began, argv):
     """Print the scores and write them beside --out. PSNR is to the first of drawn."""
     scores, first = {}, list(drawn.values())[0][0]
     if args.n < 2000:
@@ -319,8 +319,7 @@ def write_scores(args, drawn, judge, began):
         accuracy = "-" if s["accuracy"] is None else f"{s['accuracy']:.3f}"
         print(f"{name[-24:]:24s} {s['c_fid']:7.3f} {s['c_is']:6.3f} {accuracy:>9s} {s['psnr']:8.2f}", flush=True)
         scores[path] = s
-    settings = {k: v for k, v in vars(args).items() if k != "argv"}
-    made = provenance({**settings, "device": str(args.device)}, args.device, time.time() - began, args.argv)
+    made = provenance({**vars(args), "device": str(args.device)}, args.device, time.time() - began, argv)
     write_json(Path(args.out).with_suffix(".json"), {"scores": scores, **made})
 
 
@@ -332,7 +331,7 @@ def parse(argv):
     add("-n", type=positive, help="pictures from each checkpoint (64; cpu 16)")
     add("--steps", type=positive, help="DDIM steps (what the quantized model was trained for, else 50)")
     add("--class", dest="label", help=f"one class for all: {', '.join(CLASSES)}, or none")
-    add("--guidance", type=finite, default=1.0, help="classifier-free guidance; 1 is off (1)")
+    add("--guidance", type=number(0), default=1.0, help="classifier-free guidance; 1 is off (1)")
     add("--seed", type=natural, default=0, help="of the noise (0)")
     add("--batch", type=positive, default=500, help="pictures at a time (500); fewer take less memory")
     add("--integer", action="store_true", help="draw once more with int8 products, and compare the bytes")
@@ -343,7 +342,7 @@ def parse(argv):
     add("--device", help="cpu, cuda or mps (the fastest one here)")
     args = parser.parse_args(argv)
     args.checkpoints = args.checkpoints or [str(CHECKPOINTS / f"{name}.pt") for name in BUNDLED]
-    args.device, args.argv = pick_device(args.device), argv
+    args.device = pick_device(args.device)
     if args.integer and args.device.type not in ("cpu", "cuda"):
         print(f"note: {args.device} multiplies no integers, so --integer draws on the cpu")
         args.device = torch.device("cpu")
@@ -356,8 +355,6 @@ def check(args):
     """ValueError for bad values, and where a file to be written is a checkpoint, another target, or somebody else's."""
     if args.label not in [None, *CLASSES, "none"]:
         raise ValueError(f"--class {args.label} does not exist; choose from {', '.join(CLASSES)}, none")
-    if args.guidance < 0:
-        raise ValueError(f"--guidance {args.guidance} is not a number of 0 or more")
     if len(set(args.checkpoints)) < len(args.checkpoints):
         raise ValueError("a checkpoint is named twice")
     if args.score and args.n < 2:
@@ -396,7 +393,7 @@ def main(argv=None):
                   flush=True)
     write_files(args, drawn)
     if args.score:
-        write_scores(args, drawn, judge, began)
+        write_scores(args, drawn, judge, began, argv)
 
 
 if __name__ == "__main__":

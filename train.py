@@ -30,14 +30,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 
 import hqdm
-from plumbing.runs import (Run, adamw, autocast, compiled, finite, first_alone, mean_over_processes, my_rows, natural,
-                           new_parser, pick_device, plot_lines, positive, recorded, report_table, rows_of_all, run_cli,
-                           run_folder, same_start, save_checkpoint, seed_step, start_processes, updater, world)
+from plumbing.runs import (Run, adamw, autocast, compiled, first_alone, mean_over_processes, my_rows, natural,
+                           new_parser, number, pick_device, plot_lines, positive, recorded, report_table, rows_of_all,
+                           run_cli, run_folder, same_start, save_checkpoint, seed_step, start_processes, updater, world)
 from sample import CHECKPOINTS, draw, load_judge, load_model, noise_and_labels, psnr, save_grids, score
 from unet import UNet, alpha_bars, ddim, ddim_step, ddim_timesteps, ddpm_loss
 
@@ -139,7 +138,7 @@ def fetch(url, path, slowest=60_000):
 def find_data(data=None):
     """--data: a folder, an address to fetch, or None: data/, else the home site, else the bundled images, loudly."""
     address = data and data.startswith(("http://", "https://", "file://"))
-    here = Path("data/cifar-10-batches-bin").is_dir()
+    here = Path("data/cifar-10-batches-bin").is_dir() or Path("data/data_batch_1.bin").is_file()
     if here or data and not address:
         return load_cifar10("data" if address else data or "data")
     try:
@@ -418,26 +417,27 @@ def quantized_copy(teacher, scheme, walks):
 def train_student(run, teacher, scheme, order):
     """`python train.py --wbits W --abits A`: quantize the teacher, calibrate, distil; finish_student does the rest."""
     device, s, S = next(teacher.parameters()).device, run.settings, len(scheme.timesteps)
-    few, together = device.type != "cuda", order == "trajectory"
+    short, together = device.type != "cuda", order == "trajectory"
     torch.manual_seed(s["seed"])                     # LoRA's A is drawn at random
     student = copy.deepcopy(teacher)
     rows = hqdm.quantize_network(student, scheme)
-    walks = trajectories(teacher, 8 if few else 32, S, s["seed"] + 1_000_000)
-    unseen = trajectories(teacher, 8 if few else 64, S, s["seed"] + 2_000_000)
+    walks = trajectories(teacher, 8 if short else 32, S, s["seed"] + 1_000_000)
+    unseen = trajectories(teacher, 8 if short else 64, S, s["seed"] + 2_000_000)
     hqdm.calibrate(student, teacher, [(x, t, y) for x, t, y, _ in walks])
     same_start(student)                              # before its learning rates are made from its scales
     net = recorded(student, device)
     before, calibrated = eps_errors(net, unseen), f"calibrated ({run.seconds():.0f} s)"
     print(f"{report_table(rows)}\n{calibrated}; eps error without training {np.mean(before):.5f}", flush=True)
-    pictures = untrained_pictures(teacher, student, walks, 8 if few else 16, s["seed"])
+    pictures = untrained_pictures(teacher, student, walks, 8 if short else 16, s["seed"])
 
     optimizer = adamw(parameter_groups(student, s["lr"]), device)
-    walks, own = s["batch"] * (1 if together else WALKS), s["walks"] == "student"
-    carousel = Carousel(teacher, walks, scheme.timesteps, s["seed"] + 3_000_000, together, own)
+    n, own = s["batch"] * (1 if together else WALKS), s["walks"] == "student"
+    carousel = Carousel(teacher, n, scheme.timesteps, s["seed"] + 3_000_000, together, own)
     run.restore(model=student, optimizer=optimizer, carousel=carousel)
     print(f"training ({run.seconds():.0f} s)", flush=True)
     batches = carousel.batches(s["batch"], s["steps"], s["seed"], len(run.losses))
-    updates = distil(student, optimizer, batches, s["steps"], len(run.losses), s["balance"], own and carousel.advance)
+    advance = carousel.advance if own else None
+    updates = distil(student, optimizer, batches, s["steps"], len(run.losses), s["balance"], advance)
     run.follow(run.measure(updates, max(1, s["steps"] // 10), lambda step: {"eps_errors": eps_errors(net, unseen)}))
     if world()[0] == 0:
         finish_student(run, student, unseen, before, pictures, rows)
@@ -472,7 +472,7 @@ def scheme_name(scheme):
 
 def run_name(wbits, abits, rotation, grid="midtread"):
     """w4a3-single, say, or w4a3-single-midrise."""
-    return f"w{wbits}a{abits}-{rotation}{'-midrise' * (grid == 'midrise')}"
+    return scheme_name(hqdm.Scheme(wbits, abits, rotation, grid=grid)).lower().replace(" ", "-")
 
 
 def untrained_pictures(teacher, student, walks, n, seed):
@@ -510,14 +510,14 @@ def parse(argv):
     add("--rank", type=positive, help="of the LoRA factors (32)")
     add("--order", choices=("mixed", "trajectory"), help="of training steps; trajectory is the paper's (mixed)")
     add("--walks", choices=("teacher", "student"), help="whose x_t to learn from; the paper: teacher (student)")
-    add("--balance", type=finite, help="of errors in the loss: 0 alike (paper) to 1 by their size (0.75)")
-    add("--ddim-steps", type=positive, help="of the sampler, an activation scale each (50; without CUDA 10)")
+    add("--balance", type=number(0, 1), help="of errors in the loss: 0 alike (paper) to 1 by their size (0.75)")
+    add("--ddim-steps", type=positive, help="of the sampler, an activation scale each (50; HQ-DM without CUDA 10)")
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=positive, help="updates (defaults depend on the device and are printed)")
     add("--batch", type=positive, help="images an update, of all processes together")
-    add("--lr", type=finite, help="teacher: the learning rate; HQ-DM: a factor of its four rates (1)")
+    add("--lr", type=number(1e-9, 1e4), help="teacher: the learning rate; HQ-DM: a factor of its four rates (1)")
     add("--seed", type=natural, default=0)
-    add("--dropout", type=finite, help="teacher: share of features that a block drops, 0 to below 1 (0)")
+    add("--dropout", type=number(0, 0.99), help="teacher: share of features that a block drops (0)")
     add("--score-every", type=positive, help="teacher: score 5,000 pictures every so many steps (never)")
     add = parser.add_argument_group("files and device").add_argument
     add("--teacher", help="float checkpoint to quantize (the bundled one)")
@@ -547,17 +547,11 @@ def check(args):
                                                                                "walks", "balance", "teacher"):
         if getattr(args, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} is for {whose}")
-    if args.dropout is not None and not 0 <= args.dropout < 1:
-        raise ValueError(f"--dropout {args.dropout} is not a share from 0 to below 1")
     for name in ("block", "grid"):
         if args.rotation == "none" and getattr(args, name) is not None:
             raise ValueError(f"--{name} is for the rotations single and double; none has no {name} to choose")
-    if args.balance is not None and not 0 <= args.balance <= 1:
-        raise ValueError(f"--balance {args.balance} is not a number from 0 to 1")
     if args.out == "":
         raise ValueError("--out is empty; give it a folder")
-    if args.lr is not None and not 0 < args.lr <= 1e4:
-        raise ValueError(f"--lr {args.lr} is not a positive number up to 10,000")
 
 
 def defaults(args):
@@ -576,9 +570,9 @@ def main(argv=None):
     name = run_name(args.wbits, args.abits, args.rotation, args.grid) if args.wbits else "teacher"
     others = "resume", "out", "device", "data", "teacher", "score_every"     # these may differ where a run goes on
     settings = {k: v for k, v in vars(args).items() if k not in others}
-    short = "full" if args.device.type == "cuda" else "short"
+    form = "full" if args.device.type == "cuda" else "short"
     with run_folder(args.out, name, args.resume) as out:
-        print(f"device {args.device}; {short} run: --steps {args.steps} --batch {args.batch} --lr {args.lr:g} "
+        print(f"device {args.device}; {form} run: --steps {args.steps} --batch {args.batch} --lr {args.lr:g} "
               f"--ddim-steps {args.ddim_steps}; into {out}", flush=True)
         if args.wbits:
             if not Path(args.teacher).is_file():
@@ -595,8 +589,6 @@ def main(argv=None):
             if abs(mean_over_processes(torch.tensor(float(n), device=args.device)) - n) > 0.5:
                 raise ValueError("the processes found different data; pass --data FOLDER")
             train_teacher(Run(out, settings, args.resume, argv), images, labels, args.dropout, args.score_every)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from plumbing.runs import (autocast, check_out, finite, new_parser, pick_device, positive,  # noqa: E402
+from plumbing.runs import (autocast, check_out, new_parser, number, pick_device, positive,  # noqa: E402
                            provenance, run_cli,
                            save_checkpoint, write_json)
 from sample import Judge, judge_images  # noqa: E402
@@ -44,7 +44,7 @@ def main():
     parser.add_argument("--data", default="data", help="folder with cifar-10-batches-bin (data)")
     parser.add_argument("--passes", type=positive, default=80, help="over the 50,000 images (80)")
     parser.add_argument("--batch", type=positive, default=512)
-    parser.add_argument("--lr", type=finite, default=0.4, help="peak learning rate at batch 512 (0.4)")
+    parser.add_argument("--lr", type=number(), default=0.4, help="peak learning rate at batch 512 (0.4)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="runs/judge/model.pt", help="checkpoint; its accuracy: a .json beside it")
     parser.add_argument("--device")

@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import unet  # noqa: E402
-from plumbing.runs import (check_out, finite, new_parser, pick_device, positive, provenance,  # noqa: E402
+from plumbing.runs import (check_out, new_parser, number, pick_device, positive, provenance,  # noqa: E402
                            run_cli, write_json)
 from sample import CHECKPOINTS, draw, load_model, psnr, score  # noqa: E402
 
@@ -30,7 +30,7 @@ def spaced(power):
 
 def main():
     parser = new_parser(__doc__)
-    parser.add_argument("--powers", nargs="+", type=finite, default=[1, 1.5, 2])
+    parser.add_argument("--powers", nargs="+", type=number(), default=[1, 1.5, 2])
     parser.add_argument("--steps", nargs="+", type=positive, default=[50])
     parser.add_argument("-n", type=positive, default=500)
     parser.add_argument("--out", default=str(HERE / "spacing.json"))

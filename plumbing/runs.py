@@ -251,7 +251,10 @@ def start_processes(device):
     if device.type == "mps":
         raise ValueError("torchrun works on cuda and cpu, not on mps: pass --device cpu")
     if cuda:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        mine, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if mine >= there:
+            raise ValueError(f"process {mine + 1} of this machine finds {there} GPUs: pass --nproc_per_node={there}")
+        device = torch.device("cuda", mine)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None,
@@ -577,11 +580,13 @@ def new_parser(doc):
                                    allow_abbrev=False)
 
 
-def finite(text):
-    """argparse type: a number, neither nan nor infinite."""
-    if not math.isfinite(value := float(text)):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
-    return value
+def number(low=-math.inf, high=math.inf):
+    """An argparse type: a finite number from low to high."""
+    def number(text):
+        if not (math.isfinite(value := float(text)) and low <= value <= high):
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {low:g} to {high:g}")
+        return value
+    return number
 
 
 def positive(text):
@@ -606,6 +611,8 @@ def run_cli(main):
     """Run a program: what the user can mend is one line on stderr and exit code 2; Ctrl-C is code 130."""
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
@@ -636,9 +643,10 @@ def provenance(settings, device, seconds, argv=None):
     launcher = "python" if processes is None else f"torchrun --nproc_per_node={processes}"
 
     def from_here(v):
+        if isinstance(v, (list, tuple)):
+            return [from_here(w) for w in v]
         return relative(v) if isinstance(v, (str, Path)) and os.path.isabs(v) else v
-    plain, words = {k: from_here(v) for k, v in settings.items()}, sys.argv[1:] if argv is None else argv
-    words = [from_here(w) for w in words]
+    plain, words = {k: from_here(v) for k, v in settings.items()}, from_here(sys.argv[1:] if argv is None else argv)
     command = f"main({words})" if argv is not None else " ".join([launcher, relative(sys.argv[0]), *words])
     return {"command": command, "settings": plain,
             "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else threads,

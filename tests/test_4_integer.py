@@ -378,6 +378,8 @@ def test_a_nan_is_one_in_integers_too():
         hqdm.set_integer(unet, on)
         for out in (unet(x, t), unet(x=x, t=t)):
             assert out[1].isnan().all() and torch.equal(out[0], y[0])
+    numbers, classes = (hqdm._keep_nan(unet, (x,), {}, y) for y in (torch.zeros(2), torch.tensor([3, 4])))
+    assert numbers.isnan().tolist() == [False, True] and classes.tolist() == [3, 4]  # whole numbers stay such
 
 
 @pytest.mark.parametrize("end", [lambda y: (y, y), lambda y: y.sum(), lambda y: y[:1], lambda y: y])

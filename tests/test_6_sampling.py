@@ -786,7 +786,7 @@ def checkpoint(original, tmp_path):
     (["--npz", "/"], "cannot write"),
     (["--steps", "0"], "not a positive number"), (["--steps", "1001"], "outside 1 .. 1000"),
     (["--seed", "-1"], "not a number from 0"), (["--seed", "9" * 30], "not a number from 0"),
-    (["--guidance", "nan"], "not a finite number"), (["--guidance", "-1"], "guidance"), (["--png", ""], "new or empty"),
+    (["--guidance", "nan"], "not a number from 0"), (["--guidance", "-1"], "not a number from 0"), (["--png", ""], "new or empty"),
     (["--png", str(ROOT)], "new or empty"), (["--png", __file__], "new or empty"), (["no-such.pt"], "no checkpoint"),
     (["q.pt"], "named twice"), (["--score", "--out", "s.json"], "must end in .png"), (["--n", "-1"], "unrecognized"),
     (["--out", "notes.md"], "must end in .png"), (["--npz", "s.zip"], "must end in .npz")])

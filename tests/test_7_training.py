@@ -154,6 +154,11 @@ def test_without_data_the_bundled_images_are_used_loudly(tmp_path, monkeypatch, 
     monkeypatch.setattr(train, "download_cifar10", lambda *_: fail(OSError("no space left")))
     with pytest.raises(OSError, match="no space left"):          # is no lack of network
         train.find_data(None)
+    for name in list(train.CIFAR10_MD5)[:6]:                     # in data/ itself they are found, too
+        (tmp_path / "data").mkdir(exist_ok=True)
+        shutil.copy(BIN, tmp_path / "data" / name)
+        monkeypatch.setitem(train.CIFAR10_MD5, name, train.CIFAR10_MD5[BIN.name])
+    assert len(train.find_data(None)[0]) == 1500
 
 
 # ---------------------------------------------------------------- the carousel: where batches come from
@@ -748,7 +753,7 @@ def test_options_of_a_quantized_run_arrive(order, walks, teacher_file, tmp_path,
     assert [asked[k] for k in ("batch", "steps", "seed", "first")] == [4, 8, 3, 0]
     assert asked["self"].t.tolist() == list(TIMES)
     assert len(asked["self"].x) == (4 if together else 64) and bool(asked["self"].step.any()) != together
-    assert (asked["self"].own is None, advance) == ((False, asked["self"].advance) if walks == "student" else (True, False))
+    assert (asked["self"].own is None, advance) == ((False, asked["self"].advance) if walks == "student" else (True, None))
 
 
 def test_options_of_a_teacher_arrive(tmp_path, monkeypatch):
@@ -1019,7 +1024,7 @@ def test_two_networks_draw_in_turns():
     (["--abits", "9"], "argument --abits: invalid choice"), (["--abits", "32"], "argument --abits: invalid choice"),
     (["--block", "64"], "use a block of 32 or less"), (["--block", "0"], "not a positive number"),
     (["--steps", "0"], "not a positive number"), (["--batch", "-1"], "not a positive number"),
-    (["--batch", "9" * 20], "not a positive number"), (["--lr", "nan"], "not a finite number"), (["--ste", "2"], "unrecognized"),
+    (["--batch", "9" * 20], "not a positive number"), (["--lr", "nan"], "not a number from 1e-09 to 10000"), (["--lr", "0"], "not a number"), (["--ste", "2"], "unrecognized"),
     (["--ddim-steps", "1001"], "outside 1 .. 1000"), (["--rotation", "triple"], "invalid choice"),
     (["--order", "pool"], "invalid choice"), (["--grid", "odd"], "invalid choice"), (["--balance", "2"], "from 0 to 1"),
     (["--rotation", "none", "--block", "8"], "none has no block"), (["--device", "tpu"], "choose from cpu"),
@@ -1038,8 +1043,8 @@ def test_bad_input_is_one_line_and_exit_code_2(more, message, teacher_file, tmp_
     (["--grid", "midrise"], "--grid is for a quantized model"), (["--balance", "0"], "--balance is for a quantized model"),
     (["--teacher", "t.pt"], "--teacher is for a quantized model"), (["--wbits", "4"], "--abits go together"),
     (["--abits", "4"], "--wbits and --abits go together"), (["--ddim-steps", "1001"], "outside 1 .. 1000"),
-    (["--data", "nowhere"], "no data_batch_1.bin"), (["--dropout", "1"], "not a share"),
-    (["--dropout", "nan"], "not a finite number")])
+    (["--data", "nowhere"], "no data_batch_1.bin"), (["--dropout", "1"], "not a number from 0 to 0.99"),
+    (["--dropout", "x"], "invalid number value: 'x'")])
 def test_the_teacher_refuses_before_it_trains(argv, message, tmp_path, monkeypatch, capsys):
     """Options of the other training, and what the end could not use. A folder that was there before stays."""
     monkeypatch.chdir(tmp_path)
@@ -1086,12 +1091,17 @@ def test_folders_of_runs(tmp_path, monkeypatch):
 
 
 def test_a_shell_left_over_from_a_cluster(monkeypatch):
-    """RANK alone is not torchrun: the line says what is missing."""
+    """RANK alone is not torchrun: the line says what is missing. And a process without a GPU says how many there are."""
     for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ValueError, match="RANK is set.*WORLD_SIZE.*unset RANK"):
         runs.start_processes(torch.device("cpu"))
+    for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="process 4 of this machine finds 2 GPUs: pass --nproc_per_node=2"):
+        runs.start_processes(torch.device("cuda"))
 
 
 def test_busy_cores_are_noted(capsys):
@@ -1105,6 +1115,14 @@ def test_paths_without_a_way(monkeypatch):
     """Between two drives of Windows there is no relative path: the whole one is written down, after the training."""
     monkeypatch.setattr(runs.os.path, "relpath", lambda _: fail(ValueError("path is on mount 'D:'")))
     assert runs.provenance({"out": "/x"}, torch.device("cpu"), 1.0)["settings"]["out"] == "/x"
+
+
+def test_a_report_knows_no_path_of_this_machine():
+    """Absolute paths, in lists, too, are written as seen from here."""
+    there = str(ROOT / "checkpoints" / "teacher.pt")
+    made = runs.provenance({"checkpoints": [there, "x.pt"], "n": 3}, torch.device("cpu"), 1.0, [there, "-n", "3"])
+    seen = os.path.relpath(there)
+    assert made["settings"] == {"checkpoints": [seen, "x.pt"], "n": 3} and seen in made["command"] and there not in str(made)
 
 
 def test_ctrl_c_is_one_word(capsys):
