@@ -206,7 +206,10 @@ def score(images, labels, judge=None):
 
 
 def psnr(images, reference):
-    """Mean over the pictures of 10 log10(255^2 / mse), in dB; equal pictures count 99 dB, so that a mean exists."""
+    """Mean over the pictures of 10 log10(255^2 / mse), in dB; equal pictures count 99 dB, so that a mean exists.
+
+    Both (N, 3, h, w), uint8; ValueError for others.
+    """
     if images.shape != reference.shape or {images.dtype, reference.dtype} != {torch.uint8}:
         raise ValueError(f"no PSNR between {images.dtype} {(*images.shape,)} and {reference.dtype} "
                          f"{(*reference.shape,)}: both must be uint8, of one shape")

@@ -1,4 +1,4 @@
-"""Train the float teacher, or quantize it with HQ-DM and distil it. Without a GPU both take a short form.
+"""Train the float teacher, or quantize it with HQ-DM and distil it. Without CUDA both take a short form.
 
     python train.py                                       # the float teacher on CIFAR-10
     python train.py --wbits 4 --abits 3                   # HQ-DM: 4-bit weights, 3-bit activations; needs no data
@@ -338,7 +338,8 @@ class Carousel:
 def distil(student, optimizer, batches, steps, first=0, balance=0.0, advance=None):
     """Train the quantized student in place: yields (loss, gradient norm) a step.
 
-    loss = mean of (eps_student - target)^2, balanced. Several processes walk alike, and each trains on its rows.
+    batches: (x_t, t, y, target) each, as of Carousel.batches. loss = mean of (eps_student - target)^2, balanced.
+    Several processes walk alike, and each trains on its rows.
     advance: a function that is told eps_student of each batch, Carousel.advance for own walks. As these drift from the
     teacher's, the loss may rise while the pictures get better.
     """
