@@ -116,7 +116,7 @@ def check_block(channels, block):
 def walsh(x, dim=1, block=32, scale=1.0, dtype=None):
     """scale R x: the transform with entries +-1, block by block along `dim`. Integers in, exactly those integers out.
 
-    Any shape. Integer tensors give int32 unless another `dtype` is asked for; float32 tensors may hold integers up to
+    Any shape. Integers give int32, scaled ones float32, or the `dtype` asked for; float32 may hold integers up to
     2^24 / block. Differentiable. Raises ValueError where check_block does, and where an int32 could not hold R x.
     """
     check_block(x.shape[dim], block)

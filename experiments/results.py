@@ -224,7 +224,7 @@ def side(rows, plain):
 
 
 def changes(rows):
-    """Text: what the table of one change each says of blocks, bits and batch."""
+    """Text: what the table of one change each says of blocks and bits."""
     two, blocks = ({kind(r): r["c_fid"] for r in of_part(rows, "side") if r["abits"] == 2}, {r["block"]: r["c_fid"] for r in of_part(rows, "side") if kind(r) == "single" and r["block"] != 32})
     blocks[32], seeds = (next(r["c_fid"] for r in groups(rows)[3, "single"] if r["seed"] == PLAIN["seed"]), [r["c_fid"] for r in groups(rows)[3, "single"]])
     if not two["midrise"] < 0.8 * two["none"] < 0.8 * two["single"] or max(blocks.values()) - min(blocks.values()) > 2 * stdev(seeds):

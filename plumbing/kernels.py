@@ -335,7 +335,7 @@ if triton is not None:
 
 
 def _takes_blocks(x, dim=1, block=32, scale=1.0, dtype=None):
-    whole = x.is_floating_point() or x.dtype in (torch.int8, torch.int16)    # wider integers do not fit 22 bits
+    whole = x.is_floating_point() or x.dtype in (torch.int8, torch.int16) and (scale == 1 or dtype)  # 22 bits
     return on_triton(x, block) and whole and x.shape[dim] % block == 0
 
 

@@ -74,6 +74,7 @@ def test_walsh_keeps_integers(dtype, device):
     q = torch.randint(-7, 8, (2, 64, 3, 3))
     oracle = (q.movedim(1, -1) @ (block_dense(64, 32) * math.sqrt(32)).round().long()).movedim(-1, 1)
     assert torch.equal(hqdm.walsh(q.to(device, dtype), 1, 32).cpu().long(), oracle)
+    assert torch.equal(hqdm.walsh(q.to(device, dtype), 1, 32, 0.25).cpu(), oracle * 0.25)            # nothing is cut off
 
 
 @pytest.mark.parametrize("device", DEVICES)
