@@ -3,7 +3,7 @@
     python experiments/table.py            # print them
     python experiments/table.py --write    # put them into both pages, each between its two markers
 
-results.json, results-before.json, walks.json     the experiment, grid.py filled it; before own walks; the way to them
+results.json, walks.json, results-before.json     the experiment, grid.py filled it; how its training was found; tuning before it
 scores-200.json, scores-pool.json                 sample.py --score wrote them; 200 DDIM steps; models from a stored pool
 NAME.json                                         metrics.json of the run that made the checkpoint NAME
 teacher-curve.json                                what the teacher's EMA drew on the way
@@ -47,16 +47,16 @@ def headline():
     rows, steps = results.read(), read("steps.json").values()
     ms = [{r["what"]: r["ms"] for r in part["rows"]} for part in steps]
     part_of = " and ".join(f"{m['W4A3, integer'] / m['float']:.0%} ({part['hardware']})" for m, part in zip(ms, steps))
-    return (f"{results.headline(rows, CHOSEN)}\n{results.finding(rows, results.read('results-before'))}"
+    return (f"{results.headline(rows, CHOSEN)}\n{results.finding(rows)}"
             f"- **Time**: `python train.py --wbits 4 --abits 3`, from start to pictures: {results.costs(rows)}. A step in integers takes {part_of} of float's time; 3 bits are int8 there, as 4 are.\n"
             f"- All rows, and goals that we met and missed: [experiments/README.md](experiments/README.md).\n")
 
 
 def experiment():
-    """Markdown: all rows of the experiment's main part, and what real images get; goals; how its training was found; one
-    change at a time, the paper's recipe, updates; what was measured with the training before: the clamp, tuning, steps.
+    """Markdown: all rows of the experiment's main part, and what real images get; goals; how its training was found and
+    tuned; one change at a time, the paper's recipe, updates; which steps cost what; the clamp.
     """
-    rows, before, real = results.read(), results.read("results-before"), read("real.json")["rows"]["test images"]
+    rows, real = results.read(), read("real.json")["rows"]["test images"]
     first = results.of_part(rows, "headline")[0]
     return (f"{results.headline(rows)}\n± is one standard deviation of the seeds. {real['n']:,} real test images get C-FID {real['c_fid']:.1f}, C-IS {real['c_is']:.2f} "
             f"and class accuracy {real['accuracy']:.1%} (`real.json`).\n\n**Goals, which we set beforehand, met and missed:**\n\n{results.goals(rows)}\n{results.pairs(rows)}\n"
@@ -64,12 +64,11 @@ def experiment():
             f"and the target leads from there to the teacher's picture. Tried on seeds that are not reported:\n\n{results.walks()}\n"
             f"{WALKS} walks for each image of a batch and balance {first['balance']:g} are what train.py has, though so many were tried on the mid-rise grid alone. With more walks "
             f"each goes on more seldom: of a run of {first['steps']:,} updates most is over when walks arrive that were the student's from the first step on. That may be why they help.\n\n"
-            f"**One change at a time**, W4A3:\n\n{results.side(rows, results.PLAIN)}\n{results.changes(rows)}\n{results.paper(rows, before)}\n{results.updates(rows)}\n"
-            f"### Of the training before\n\nAll of this section is of models trained on the teacher's walks, each step weighed by its error before training, at balance 0.5 where no row says "
-            f"otherwise (`results-before.json`; the commands were run with the code of then). Its main rows:\n\n{results.headline(before, made='with the code of then')}\n{results.clamped(before)}\n"
-            f"**Tried** with three kinds at W4A3; of settings that the spread of "
-            f"seeds hardly tells apart, one for all was taken, balance 0.5 and rates x 1:\n\n{results.tune(before)}\n**One change at a time**, W4A3:\n\n{results.side(before, results.BEFORE)}\n"
-            f"{results.spoiled(before)}")
+            f"**Tuned** were the kinds alike, and all rows above and below have one setting for all. Rows of the teacher's walks are of the training before, each step weighed by its error before training "
+            f"(`results-before.json`, by the code of then). With {WALKS} walks an image of the student's own, not all settings were tried with all kinds:\n\n"
+            f"{results.tune(rows + results.read('results-before'))}\n"
+            f"**One change at a time**, W4A3:\n\n{results.side(rows)}\n{results.changes(rows)}\n{results.paper(rows)}\n{results.updates(rows)}\n"
+            f"{results.spoiled(rows)}\n{results.clamped(rows)}")
 
 
 def files():

@@ -167,7 +167,7 @@ def test_means_deviations_and_goals_of_the_experiment():
     with pytest.raises(ValueError, match="holds no more"):                   # a finding that is none any more
         more = [*rows("double", (16, 17, 18), (7.6, 7.7, 7.8)), *({**r, "abits": 4} for r in made[1:]),
                 *({**r, "abits": 4} for r in rows("double", (16, 17, 18), (7.6, 7.7, 7.8)))]
-        results.finding([*made, *more], results.read("results-before"))
+        results.finding([*made, *more])
     assert results.headline(made, {(3, "single")}).count("| W4A3 ") == 1
     cost = [{**made[4], "part": "cost", "batch": batch, "seconds": s, "peak_gib": gib} for batch, s, gib in ((32, 90, 2.0), (128, 150, 6.25))]
     assert results.costs([*made, *cost, {**made[4], "part": "side", "batch": 32, "c_fid": 21.0}]) == (
@@ -187,13 +187,12 @@ def test_what_the_pages_say_of_the_results():
     for a, b in zip(single, none):                                           # beats none in each seed
         assert a["c_fid"] < b["c_fid"] and all(a[key] > b[key] for key in ("accuracy", "psnr"))
     fid = {name: results.mean(r["c_fid"] for r in found) for (bits, name), found in by_seed.items() if bits == 3}
-    before = results.read("results-before")
-    assert results.finding(results.read(), before).count("±") == 4 and fid["midrise"] < fid["single"] < fid["none"]
+    assert results.finding(results.read()).count("±") == 4 and fid["midrise"] < fid["single"] < fid["none"]
     met = re.findall(r": (met|missed)( and (?:met|missed))?\.\n", results.goals(results.read()))
     assert len(met) == 10 and [m for m in met if "missed" in "".join(m)] == [("met", " and missed")] * 2   # C-IS apart
-    made = {r["name"].removesuffix(f"-n{r['n']}"): r for r in results.of_part(before, "clamp")}
+    made = {r["name"].removesuffix(f"-n{r['n']}"): r for r in results.of_part(results.read(), "clamp")}
     free, clamped = made["w4a3-single-midrise-plain"], made["w4a3-single-midrise-clamped"]
-    assert 0.97 < free["fine_power"] < 1.03 and free["psnr"] > clamped["psnr"] + 3               # neither blur nor grain
+    assert 0.95 < free["fine_power"] < 1 and free["psnr"] > clamped["psnr"] + 3               # neither blur nor grain
     assert abs(free["brightness"]) < 1 < clamped["brightness"] and clamped["contrast"] < 0.97 < free["contrast"]
     for curve_of in ("teacher-curve.json", "teacher-plain-curve.json"):      # the lowest C-FID came well before the end
         fids = [r["c_fid"] for r in table.read(curve_of)]
