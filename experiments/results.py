@@ -2,7 +2,8 @@
 
     python experiments/results.py          # draw updates.png and spoil.png
 
-walks.json has how the training was found; results-before.json the tuning of the one before it, on the teacher's walks.
+walks.json has how the training was found; results-before.json tuning, and 10 to 100
+steps, of the one before it, on the teacher's walks.
 """
 import json
 import sys
@@ -86,7 +87,8 @@ def finding(rows):
 
     def fid(name):
         return mean(r["c_fid"] for r in found[3, name])
-    teachers, own = (next(r for r in read("walks") if of.items() <= r.items()) for of in (
+    tries = json.loads((HERE / "walks.json").read_text())
+    teachers, own = (next(r for r in tries["rows"] if of.items() <= r.items()) for of in (
         dict(target="teacher's eps at the teacher's x_t", grid="midrise"), dict(walks_an_image=16, balance=0.75, seed=100)))
     said = ((3, "single", "none"), (3, "midrise", "single"), (4, "single", "none"), (4, "double", "single"))
     if (min(gain for pair in said for gain in lower(*pair)) <= 0 or apart(found[3, "double"], found[3, "single"], "c_fid")
@@ -103,7 +105,7 @@ def finding(rows):
             f"- **To rotate the weights, too, does no harm here**, unlike in the paper: double is not told apart from single at W4A3, and at W4A4 ahead in every seed, by {spread(lower(4, 'double', 'single'))}.\n"
             f"- **The paper's {CLAIMED}** of Inception Score over none at W4A3 is on ImageNet. With the paper's recipe and its weaker none, single's C-IS is {recipe['single'] / recipe['none'] - 1:.0%} above none's here.\n"
             f"- **What helped most is not in the paper**: to train at x_t from the student's own sampling, samples of large error weighing less. Single has {shares[0]}, mid-rise {shares[1]}. "
-            f"On the teacher's x_t mid-rise had {teachers['c_fid']:.1f} after {teachers['steps']:,} updates, on its own {own['c_fid']:.1f} after {own['steps']:,} (2,000 pictures, another seed).\n")
+            f"On the teacher's x_t mid-rise had {teachers['c_fid']:.1f} after {teachers['steps']:,} updates, on its own {own['c_fid']:.1f} after {own['steps']:,} ({tries['n']:,} pictures, seed {own['seed']}).\n")
 
 
 def apart(a, b, key):
@@ -230,6 +232,18 @@ def changes(rows):
     return (f"Less than the deviation of seeds above says nothing. Of blocks of 8 to 64 none stands out: {max(blocks.values()) - min(blocks.values()):.1f} lie between the best and the worst. At 2 bits single is "
             f"*behind* none: it has three levels of four, and on the mid-rise grid, with four as none has, far ahead. So the grid counts as much as the transform where levels are few "
             f"(`python experiments/grid.py headline updates side paper`; the recipe is below).\n")
+
+
+def spaced(rows, before):
+    """Text: models of 10, 20 and 100 steps on the student's walks and on the teacher's, the rows of results-before.json."""
+    own, teachers = ({(r["ddim_steps"], kind(r)): r["c_fid"] for r in of_part(made, "side") if r["ddim_steps"] != 50} for made in (rows, before))
+    kinds, steps = ("none", "single"), sorted({n for n, _ in own})
+    worse = [n for n in steps if all(own[n, k] > teachers[n, k] for k in kinds)]
+    if worse != steps[:1] or any(own[n, k] > teachers[n, k] for n in steps[1:] for k in kinds):
+        raise ValueError("what is said of few steps holds no more: write it anew")
+    said = "; ".join(f"{n} steps {' and '.join(f'{own[n, k]:.1f} instead of {teachers[n, k]:.1f}' for k in kinds)}" for n in steps)
+    return (f"**With few steps own walks do harm.** C-FID of none and of single on them instead of on the teacher's walks: {said} (the latter by the code of then, `results-before.json`). "
+            f"So at {steps[0]} they score worse; we do not know why. There `--walks teacher` is worth a try.\n")
 
 
 def paper(rows):

@@ -3,7 +3,7 @@
     python experiments/table.py            # print them
     python experiments/table.py --write    # put them into both pages, each between its two markers
 
-results.json, walks.json, results-before.json     the experiment, grid.py filled it; how its training was found; tuning before it
+results.json, walks.json, results-before.json     the experiment, grid.py filled it; how its training was found; before that
 scores-200.json, scores-pool.json                 sample.py --score wrote them; 200 DDIM steps; models from a stored pool
 NAME.json                                         metrics.json of the run that made the checkpoint NAME
 teacher-curve.json                                what the teacher's EMA drew on the way
@@ -23,6 +23,7 @@ from plumbing.runs import new_parser, run_cli, whole_file  # noqa: E402
 from sample import name_of  # noqa: E402
 from train import WALKS  # noqa: E402
 import results  # noqa: E402
+from grid import rows_of  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 BUNDLED = ("w4a3-none", "w4a3-single-midrise", "w4a4-single")
@@ -56,7 +57,7 @@ def experiment():
     """Markdown: all rows of the experiment's main part, and what real images get; goals; how its training was found and
     tuned; one change at a time, the paper's recipe, updates; which steps cost what; the clamp.
     """
-    rows, real = results.read(), read("real.json")["rows"]["test images"]
+    rows, before, real = results.read(), results.read("results-before"), read("real.json")["rows"]["test images"]
     first = results.of_part(rows, "headline")[0]
     return (f"{results.headline(rows)}\n± is one standard deviation of the seeds. {real['n']:,} real test images get C-FID {real['c_fid']:.1f}, C-IS {real['c_is']:.2f} "
             f"and class accuracy {real['accuracy']:.1%} (`real.json`).\n\n**Goals, which we set beforehand, met and missed:**\n\n{results.goals(rows)}\n{results.pairs(rows)}\n"
@@ -64,10 +65,11 @@ def experiment():
             f"and the target leads from there to the teacher's picture. Tried on seeds that are not reported:\n\n{results.walks()}\n"
             f"{WALKS} walks for each image of a batch and balance {first['balance']:g} are what train.py has, though so many were tried on the mid-rise grid alone. With more walks "
             f"each goes on more seldom: of a run of {first['steps']:,} updates most is over when walks arrive that were the student's from the first step on. That may be why they help.\n\n"
-            f"**Tuned** were the kinds alike, and all rows above and below have one setting for all. Rows of the teacher's walks are of the training before, each step weighed by its error before training "
-            f"(`results-before.json`, by the code of then). With {WALKS} walks an image of the student's own, not all settings were tried with all kinds:\n\n"
-            f"{results.tune(rows + results.read('results-before'))}\n"
-            f"**One change at a time**, W4A3:\n\n{results.side(rows)}\n{results.changes(rows)}\n{results.paper(rows)}\n{results.updates(rows)}\n"
+            f"**Tuning**: the main rows have one setting for all kinds. On the teacher's walks all kinds were tried alike, by the code of then, each step weighed by its error before training "
+            f"(`results-before.json`). On the student's own, {WALKS} walks an image, {len(results.of_part(rows, 'tune'))} of {len(rows_of('tune'))} declared rows are made so far, "
+            f"so that none and single may gain from another setting:\n\n"
+            f"{results.tune(rows + before)}\n"
+            f"**One change at a time**, W4A3:\n\n{results.side(rows)}\n{results.changes(rows)}\n{results.spaced(rows, before)}\n{results.paper(rows)}\n{results.updates(rows)}\n"
             f"{results.spoiled(rows)}\n{results.clamped(rows)}")
 
 

@@ -46,7 +46,7 @@ def main():
     for path in (FOLDER / f"{name}.ipynb" for name in args.names or every):
         committed = nbformat.read(path, as_version=4)
         run = nbformat.from_dict(committed)
-        ExecutePreprocessor(timeout=300).preprocess(run, {"metadata": {"path": str(FOLDER)}})
+        ExecutePreprocessor(timeout=300, record_timing=False).preprocess(run, {"metadata": {"path": str(FOLDER)}})
         old, new = printed(committed), printed(run)
         if args.write:
             nbformat.write(run, path)
