@@ -6,7 +6,7 @@
 tune      three kinds at W4A3: balance of the loss, rates, whose walks; on a seed that no other part has
 headline  none, double, single, single midrise at W4A3 and W4A4, three seeds, equal updates
 updates   none and single, both grids, at W4A3, one seed, after 1 to 4,000 updates instead
-side      one seed each: blocks, rank, batch 32, bits, double on a midrise grid; models of 10, 20 and 100 DDIM steps
+side      one seed each: blocks, rank, batch 32, bits, double on a midrise grid; models of 10, 20 and 100 DDIM steps, on both walks
 paper     the paper's own recipe, and the baseline with zero points that are not searched
 spoil     no training: the float model draws the first k of 50 steps, W4A3 the others; and the other way round
 clamp     no training: the float model and W4A3 with x_0 clamped to [-1, 1] at every step, as many samplers do, and not
@@ -78,7 +78,9 @@ def rows_of(part):
                   for key, value in (("block", 8), ("block", 16), ("block", 64), ("rank", 4), ("batch", 32))]
         bits = [{**one, **KINDS[kind], **change} for change in (dict(abits=2), dict(wbits=3))
                 for kind in ("none", "single", "midrise")]
-        times = [{**one, **KINDS[kind], "ddim_steps": n} for n in (10, 20, 100) for kind in ("none", "single")]
+        times = [{**one, **KINDS[kind], "ddim_steps": n, "walks": walks} for n, walks in (
+                     (10, "student"), (20, "student"), (100, "student"), (10, "teacher"), (20, "teacher"))
+                 for kind in ("none", "single")]
         return [{**one, **KINDS["double"], "grid": "midrise"}, *shapes, *bits, *times]
     return [{**w4a3, **KINDS[kind], "seed": 0, "order": "trajectory", "walks": "teacher", "batch": 2, "steps": 16_000,
              "balance": 0.0, "ddim_steps": 100, "paper": True} for kind in ("none", "double", "single")]

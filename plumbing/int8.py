@@ -122,7 +122,17 @@ def packed(q_w, limit, stride, padding):
 
 
 @prepared
-def two_digits(q_w):
-    """An int16 weight of up to 14 bits for Triton: int8 (2, O, kh, kw, C), the low seven bits and the others."""
-    w = rearrange(q_w, "O C kh kw -> O kh kw C")
-    return torch.stack([w & 127, w >> 7]).to(torch.int8).contiguous()
+def for_triton(q_w):
+    """A weight for Triton: int8 (1 or 2 digits, O, kh, kw, C' = C and zeros to a multiple of 16); middle (O,) or None.
+
+    Weights of 8 bits less their zero point are past int8 for lying to one side: with the middle of each output's taken
+    off they fit. Others are the low seven bits, and what is above.
+    """
+    w, middle = F.pad(rearrange(q_w, "O C kh kw -> O kh kw C"), (0, -q_w.shape[1] % 16)), None
+    if q_w.dtype == torch.int8:
+        return w.contiguous()[None], None
+    if not (w.is_cuda and torch.cuda.is_current_stream_capturing()):             # else nobody may look
+        low, high = w.amin((1, 2, 3)).int(), w.amax((1, 2, 3)).int()
+        middle = (low + high + 1) >> 1 if int((high - low).max()) < 2**8 else None
+    digits = [w & 127, w >> 7] if middle is None else [w - middle[:, None, None, None]]
+    return torch.stack(digits).to(torch.int8).contiguous(), middle

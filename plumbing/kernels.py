@@ -14,9 +14,10 @@ import warnings
 import weakref
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 
-from plumbing.int8 import int8_product, onednn_is_exact, onednn_product, two_digits
+from plumbing.int8 import int8_product, onednn_is_exact, onednn_product, for_triton
 
 try:
     import triton
@@ -215,45 +216,40 @@ if triton is not None:
         return t
 
     @triton.jit
-    def _normalised(x, scale_ptr, shift_ptr, at, mask, SILU: tl.constexpr):
-        """scale x + shift, of the channel each number is in; then SiLU, if asked for. See norm.py."""
-        y = tl.fma(x, tl.load(scale_ptr + at, mask, other=0), tl.load(shift_ptr + at, mask, other=0))
-        if SILU:
-            y = y / (1 + tl.exp(-y))
-        return y
+    def _divided(x, s, K: tl.constexpr, NORM: tl.constexpr):
+        """H x / s of rows (.., K): Newton's step makes it as good as a division. NORM 1: no H.
+
+        Only what says fma is fused: left to the compiler, two kernels that must agree fused otherwise.
+        """
+        if NORM != 1.0:
+            x = _rotate(x, K) * NORM
+        t = x * (1 / s)
+        return tl.fma(tl.fma(-t, s, x), 1 / s, t)
 
     @triton.jit
     def _quantize_kernel(x_ptr, s_ptr, z_ptr, y_ptr, n, low, high, STEP: tl.constexpr, K: tl.constexpr,
-                         ROWS: tl.constexpr, NORM: tl.constexpr, g_ptr=None, gs_ptr=None, gz_ptr=None, scale_ptr=None,
-                         shift_ptr=None, C=1, SILU: tl.constexpr = False):
+                         ROWS: tl.constexpr, NORM: tl.constexpr, g_ptr=None, gs_ptr=None, gz_ptr=None):
         """y = clamp(round(H x / s) + z, low, high) - z, for samples of n numbers with an s and a z each. NORM 1: no H.
 
         Given g, the way back: y is the gradient of x at every place; those of s and z come as one sum a program.
-        Given scale and shift (B, C): of x normalised first, and through SiLU if asked for.
-        Only what says fma is fused: left to the compiler, two kernels that must agree fused otherwise.
         """
-        sample = tl.program_id(0)                                # the other axes of a grid end at 65,535
-        at = tl.program_id(1) * (ROWS * K) + tl.arange(0, ROWS)[:, None] * K + tl.arange(0, K)[None, :]
+        tiles = tl.cdiv(n, ROWS * K)
+        sample, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+        at = tile * (ROWS * K) + tl.arange(0, ROWS)[:, None] * K + tl.arange(0, K)[None, :]
         offsets, mask = sample.to(tl.int64) * n + at, at < n
         x, s, z = tl.load(x_ptr + offsets, mask, other=0).to(tl.float32), tl.load(s_ptr + sample), 0.0
         if z_ptr is not None:
             z = tl.load(z_ptr + sample)
-        if scale_ptr is not None:
-            x = _normalised(x, scale_ptr, shift_ptr, sample * C + at % C, mask, SILU)
-        if NORM != 1.0:
-            x = _rotate(x, K) * NORM
-        t = x * (1 / s)                              # then Newton's step: as good as a division
-        t, first, last = tl.fma(tl.fma(-t, s, x), 1 / s, t), low - z, high - z
+        t, first, last = _divided(x, s, K, NORM), low - z, high - z
         if g_ptr is None:
             y = _round(t, first, last, STEP)
         else:
             g, near = tl.load(g_ptr + offsets, mask, other=0).to(tl.float32), _round(t, first - STEP, last + STEP, STEP)
             inside = (near >= first) & (near <= last)
             y = tl.where(inside, g * (1 / s), 0.0)
-            part = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-            tl.store(gs_ptr + part, -tl.sum(tl.sum(y * t, 1), 0))            # d(x/s)/ds = -(x/s)/s
+            tl.store(gs_ptr + tl.program_id(0), -tl.sum(tl.sum(y * t, 1), 0))            # d(x/s)/ds = -(x/s)/s
             if gz_ptr is not None:
-                tl.store(gz_ptr + part, -tl.sum(tl.sum(tl.where(inside, 0.0, g), 1), 0))     # inside, z comes and goes
+                tl.store(gz_ptr + tl.program_id(0), -tl.sum(tl.sum(tl.where(inside, 0.0, g), 1), 0))     # inside, z comes and goes
             if NORM != 1.0:
                 y = _rotate(y, K) * NORM
         tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask)
@@ -262,16 +258,16 @@ if triton is not None:
     def _scale_kernel(acc_ptr, s_x_ptr, s_w_ptr, bias_ptr, y_ptr, n, C, ROWS: tl.constexpr, COLS: tl.constexpr,
                       g_ptr=None, gs_ptr=None):
         """y = acc * (s_x s_w) + bias over a sample's pixels. Given g: y = g * (s_x s_w), sums of g * acc by program."""
-        sample, c = tl.program_id(0), tl.program_id(2) * COLS + tl.arange(0, COLS)
-        pixel = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+        cols, tiles = tl.cdiv(C, COLS), tl.cdiv(n, ROWS)
+        part, c = tl.program_id(0) // cols, tl.program_id(0) % cols * COLS + tl.arange(0, COLS)
+        sample, pixel = part // tiles, part % tiles * ROWS + tl.arange(0, ROWS)
         offsets = (sample.to(tl.int64) * n + pixel)[:, None] * C + c[None, :]
         mask = (pixel < n)[:, None] & (c < C)[None, :]
         acc = tl.load(acc_ptr + offsets, mask, other=0)
         s = tl.load(s_x_ptr + sample) * tl.load(s_w_ptr + c, c < C, other=0)
         if g_ptr is not None:
             g = tl.load(g_ptr + offsets, mask, other=0)
-            part = (sample * tl.num_programs(1) + tl.program_id(1)) * C
-            tl.store(gs_ptr + part + c, tl.sum(g * acc, 0), c < C)
+            tl.store(gs_ptr + part * C + c, tl.sum(g * acc, 0), c < C)
             tl.store(y_ptr + offsets, g * s[None, :], mask)
         else:
             tl.store(y_ptr + offsets, acc * s[None, :] + tl.load(bias_ptr + c, c < C, other=0)[None, :], mask)
@@ -293,19 +289,24 @@ if triton is not None:
     @triton.jit
     def _int_kernel(x_ptr, w_ptr, y_ptr, pixels, h, w, h_out, w_out, C, outs, kw, taps, stride, padding,
                     PIXELS: tl.constexpr, OUTS: tl.constexpr, CHANNELS: tl.constexpr, WIDE_X: tl.constexpr,
-                    WIDE_W: tl.constexpr, s_x_ptr=None, s_w_ptr=None, bias_ptr=None, more_ptr=None,
+                    WIDE_W: tl.constexpr, middle_ptr=None, s_x_ptr=None, s_w_ptr=None, bias_ptr=None, more_ptr=None,
                     SAMPLES: tl.constexpr = False):
         """Integers x (B, h, w, C), w (outs, taps, C) -> y (pixels, outs): int32, or float32 sums * (s_x s_w) + bias.
 
         Given more, that is added: of y's shape, or with SAMPLES (B, outs). Each program sums PIXELS x OUTS outputs over
         taps and channels; no patches are copied. Integer units take int8: wide operands (int16, of up to 14 bits) are
-        cut into low + 128 high, weights (2, ..) beforehand; the three shifts are summed apart.
+        cut into low + 128 high, weights (2, ..) beforehand; the three shifts are summed apart. Given middle (outs,),
+        which was taken off the weights: its share is middle times the sum of x, found as one more product, with ones.
         """
-        pixel, out = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS), tl.program_id(1) * OUTS + tl.arange(0, OUTS)
+        cols = tl.cdiv(outs, OUTS)
+        first = tl.program_id(0) % cols * OUTS
+        pixel, out = tl.program_id(0) // cols * PIXELS + tl.arange(0, PIXELS), first + tl.arange(0, OUTS)
         b, i, j = pixel // (h_out * w_out), pixel // w_out % h_out * stride - padding, pixel % w_out * stride - padding
         picture, chunks = x_ptr + b.to(tl.int64) * (h * w * C), tl.cdiv(C, CHANNELS)
         acc = tl.zeros((PIXELS, OUTS), tl.int32)
         acc7, acc14 = acc, acc                                   # narrow operands leave them 0: the compiler drops them
+        ones, all_x = tl.full((CHANNELS, 16), 1, tl.int8), tl.zeros((PIXELS, 16), tl.int32)      # 16 times the same sum
+        all_x7 = all_x
         for k in range(taps * chunks):
             tap, c = k // chunks, k % chunks * CHANNELS + tl.arange(0, CHANNELS)
             y, x = i + tap // kw, j + tap % kw
@@ -320,6 +321,10 @@ if triton is not None:
             if WIDE_W:
                 high_w = tl.load(w_ptrs + outs * taps * C, within, other=0)
             acc = tl.dot(low_x, low_w, acc, out_dtype=tl.int32)
+            if middle_ptr is not None:
+                all_x = tl.dot(low_x, ones, all_x, out_dtype=tl.int32)
+                if WIDE_X:
+                    all_x7 = tl.dot(high_x, ones, all_x7, out_dtype=tl.int32)
             if WIDE_X:
                 acc7 = tl.dot(high_x, low_w, acc7, out_dtype=tl.int32)
             if WIDE_W:
@@ -327,9 +332,11 @@ if triton is not None:
             if WIDE_X and WIDE_W:
                 acc14 = tl.dot(high_x, high_w, acc14, out_dtype=tl.int32)
         acc += (acc7 << 7) + (acc14 << 14)
+        if middle_ptr is not None:
+            acc += tl.max(all_x + (all_x7 << 7), 1)[:, None] * tl.load(middle_ptr + out, out < outs, other=0)[None, :]
         # Written in two halves: more beside all sums would be more than there are registers.
         left, right = tl.split(tl.permute(tl.reshape(acc, (PIXELS, 2, OUTS // 2)), (0, 2, 1)))
-        out = tl.program_id(1) * OUTS + tl.arange(0, OUTS // 2)
+        out = first + tl.arange(0, OUTS // 2)
         _write(left, b, pixel, out, y_ptr, pixels, outs, s_x_ptr, s_w_ptr, bias_ptr, more_ptr, SAMPLES)
         _write(right, b, pixel, out + OUTS // 2, y_ptr, pixels, outs, s_x_ptr, s_w_ptr, bias_ptr, more_ptr, SAMPLES)
 
@@ -389,7 +396,7 @@ class _Quantize(torch.autograd.Function):
         ctx.args = (x.numel() // max(1, len(x)), *grid, width, 4096 // width, block**-0.5)
         q = torch.empty_like(x, dtype=dtype)
         if x.numel():
-            _quantize_kernel[(len(x), triton.cdiv(ctx.args[0], 4096))](x, s, z, q, *ctx.args, enable_fp_fusion=False)
+            _quantize_kernel[(len(x) * triton.cdiv(ctx.args[0], 4096),)](x, s, z, q, *ctx.args, enable_fp_fusion=False)
         return q
 
     @staticmethod
@@ -399,7 +406,7 @@ class _Quantize(torch.autograd.Function):
         gx, gs = torch.empty_like(x), s.new_empty(len(x), tiles)
         gz = None if z is None else s.new_empty(len(x), tiles)
         if x.numel():
-            _quantize_kernel[(len(x), tiles)](x, s, z, gx, *ctx.args, g.contiguous(), gs, gz, enable_fp_fusion=False)
+            _quantize_kernel[(len(x) * tiles,)](x, s, z, gx, *ctx.args, g.contiguous(), gs, gz, enable_fp_fusion=False)
         return gx, gs.sum(1), None if z is None else gz.sum(1), None, None, None
 
 
@@ -429,22 +436,22 @@ def _scale(acc, s_x, s_w, bias, *back):
     y, C = torch.empty_like(acc), len(s_w)
     if acc.numel():                                  # no fused multiply-add: _int_kernel must round as this does
         n, cols = acc.numel() // (len(acc) * C), min(64, triton.next_power_of_2(C))
-        _scale_kernel[(len(acc), triton.cdiv(n, 64), triton.cdiv(C, cols))](
+        _scale_kernel[(len(acc) * triton.cdiv(n, 64) * triton.cdiv(C, cols),)](
             acc, s_x, s_w, bias, y, n, C, 64, cols, *back, enable_fp_fusion=False)
     return y
 
 
 def int_product_triton(q_x, q_w, stride, padding, scales, *shape):
     """q_x and q_w int8, or int16 of up to 14 bits (narrow) -> (*shape, O). scales may have a fourth: what is added."""
-    (_, h, w_in, C), (O, _, kh, kw) = q_x.shape, q_w.shape
-    wide, pixels = [t.dtype == torch.int16 for t in (q_x, q_w)], math.prod(shape)
-    q_x, w = q_x.contiguous(), two_digits(q_w) if wide[1] else rearrange(q_w, "O C kh kw -> O kh kw C").contiguous()
+    (_, h, w_in, C), (O, _, kh, kw), (w, middle) = q_x.shape, q_w.shape, for_triton(q_w)
+    wide, pixels = (q_x.dtype == torch.int16, len(w) == 2), math.prod(shape)
+    q_x = F.pad(q_x, (0, -C % 16)) if C % 16 else q_x.contiguous()       # what pads nothing copies, too
     y = torch.empty(*shape, O, dtype=torch.float32 if scales else torch.int32, device=q_x.device)
-    if pixels:
-        OUTS = 64 if O <= 64 else 128                # the fastest of some thirty choices, on an H200
-        CHANNELS = 128 if C % 128 == 0 and not all(wide) else 64 if C > 32 else 32
+    if pixels:                                       # the fastest tiles of some thirty, on an H200
+        PIXELS, OUTS = 64 if any(wide) else 128, 16 if O <= 16 else 64 if O <= 64 else 128
+        CHANNELS = 128 if C % 128 == 0 and not any(wide) else 64 if C > 32 else 32
         samples = [v.ndim == 2 for v in (scales or ())[3:]]
-        _int_kernel[(triton.cdiv(pixels, 128), triton.cdiv(O, OUTS))](
-            q_x, w, y, pixels, h, w_in, *shape[1:], C, O, kw, kh * kw, stride, padding, 128, OUTS, CHANNELS, *wide,
-            *(v.contiguous() for v in scales or ()), *samples, num_warps=8 if any(wide) else 4, enable_fp_fusion=False)
+        _int_kernel[(triton.cdiv(pixels, PIXELS) * triton.cdiv(O, OUTS),)](
+            q_x, w, y, pixels, h, w_in, *shape[1:], q_x.shape[-1], O, kw, kh * kw, stride, padding, PIXELS, OUTS, CHANNELS,
+            *wide, middle, *(v.contiguous() for v in scales or ()), *samples, enable_fp_fusion=False)
     return y

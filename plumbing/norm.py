@@ -13,15 +13,22 @@ PIXELS, CHANNELS = 64, 64        # a program's tile
 if triton is not None:
     import triton.language as tl
 
-    from plumbing.kernels import _normalised
+    @triton.jit
+    def _normalised(x, scale, shift, SILU: tl.constexpr):
+        """scale x + shift; then SiLU, if asked for."""
+        y = tl.fma(x, scale, shift)
+        if SILU:
+            y = y / (1 + tl.exp(-y))
+        return y
 
     @triton.jit
     def _tile(P, C, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
-        """Where a program works: offsets in a tensor (B, P, C) and their mask; channels; its row of (B, chunks, C)."""
-        sample, pixel = tl.program_id(0).to(tl.int64), tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
-        c, row = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS), tl.program_id(0) * tl.num_programs(1)
-        offsets, mask = (sample * P + pixel)[:, None] * C + c[None, :], (pixel < P)[:, None] & (c < C)[None, :]
-        return offsets, mask, c, (row + tl.program_id(1)) * C + c
+        """Where a program works: offsets in a tensor (B, P, C), their mask; sample, pixels, channels, row of (B chunks, C)."""
+        cols, chunks = tl.cdiv(C, CHANNELS), tl.cdiv(P, PIXELS)
+        row, c = tl.program_id(0) // cols, tl.program_id(0) % cols * CHANNELS + tl.arange(0, CHANNELS)
+        sample, pixel = row // chunks, row % chunks * PIXELS + tl.arange(0, PIXELS)
+        offsets = (sample.to(tl.int64) * P + pixel)[:, None] * C + c[None, :]
+        return offsets, (pixel < P)[:, None] & (c < C)[None, :], sample, c, row
 
     @triton.jit
     def _two(a_ptr, b_ptr, at, mask):
@@ -31,12 +38,13 @@ if triton is not None:
     @triton.jit
     def _moments_kernel(x_ptr, mean_ptr, m2_ptr, P, C, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
         """Mean and summed squared distance from it, of each channel over a chunk of pixels: (B, chunks, C) each."""
-        offsets, mask, c, out = _tile(P, C, PIXELS, CHANNELS)
-        x, n = tl.load(x_ptr + offsets, mask, other=0).to(tl.float32), tl.minimum(P - tl.program_id(1) * PIXELS, PIXELS)
+        offsets, mask, _, c, row = _tile(P, C, PIXELS, CHANNELS)
+        x = tl.load(x_ptr + offsets, mask, other=0).to(tl.float32)
+        n = tl.minimum(P - row % tl.cdiv(P, PIXELS) * PIXELS, PIXELS)
         mean = tl.sum(x, 0) / n
         away = tl.where(mask, x - mean[None, :], 0.0)
-        tl.store(mean_ptr + out, mean, c < C)
-        tl.store(m2_ptr + out, tl.sum(away * away, 0), c < C)
+        tl.store(mean_ptr + row * C + c, mean, c < C)
+        tl.store(m2_ptr + row * C + c, tl.sum(away * away, 0), c < C)
 
     @triton.jit
     def _join_kernel(a_ptr, b_ptr, w_ptr, bias_ptr, first_ptr, second_ptr, mean_ptr, rstd_ptr, P, C, chunks, width, eps,
@@ -71,10 +79,10 @@ if triton is not None:
     @triton.jit
     def _apply_kernel(x_ptr, scale_ptr, shift_ptr, y_ptr, P, C, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
                       SILU: tl.constexpr):
-        offsets, mask, c, _ = _tile(P, C, PIXELS, CHANNELS)
+        offsets, mask, sample, c, _ = _tile(P, C, PIXELS, CHANNELS)
         x = tl.load(x_ptr + offsets, mask, other=0).to(tl.float32)
-        y = _normalised(x, scale_ptr, shift_ptr, (tl.program_id(0) * C + c)[None, :], (c < C)[None, :], SILU)
-        tl.store(y_ptr + offsets, y, mask)
+        scale, shift = _two(scale_ptr, shift_ptr, sample * C + c, c < C)
+        tl.store(y_ptr + offsets, _normalised(x, scale, shift, SILU), mask)
 
     @triton.jit
     def _back_kernel(x_ptr, g_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, first_ptr, second_ptr, gx_ptr, P, C, width,
@@ -84,9 +92,9 @@ if triton is not None:
         without gx: first, second (B, chunks, C) are sums of g and g x^ over a chunk. With it: first, second (B, groups)
         are the means of w g and w g x^ over a group, and gx = scale g - (first + second x^) / std.
         """
-        offsets, mask, c, out = _tile(P, C, PIXELS, CHANNELS)
-        group = tl.program_id(0) * groups + c // width
-        scale, shift = _two(scale_ptr, shift_ptr, tl.program_id(0) * C + c, c < C)
+        offsets, mask, sample, c, row = _tile(P, C, PIXELS, CHANNELS)
+        group = sample * groups + c // width
+        scale, shift = _two(scale_ptr, shift_ptr, sample * C + c, c < C)
         mean, rstd = _two(mean_ptr, rstd_ptr, group, c < C)
         x = tl.load(x_ptr + offsets, mask, other=0).to(tl.float32)
         g, hat = tl.load(g_ptr + offsets, mask, other=0).to(tl.float32), (x - mean) * rstd
@@ -95,8 +103,8 @@ if triton is not None:
             s = 1 / (1 + tl.exp(-u))
             g *= s * (1 + u * (1 - s))
         if gx_ptr is None:
-            tl.store(first_ptr + out, tl.sum(g, 0), c < C)
-            tl.store(second_ptr + out, tl.sum(tl.where(mask, g * hat, 0.0), 0), c < C)
+            tl.store(first_ptr + row * C + c, tl.sum(g, 0), c < C)
+            tl.store(second_ptr + row * C + c, tl.sum(tl.where(mask, g * hat, 0.0), 0), c < C)
         else:
             first, second = _two(first_ptr, second_ptr, group, c < C)
             gx = g * scale - (first + second * hat) * rstd
@@ -120,13 +128,13 @@ def scale_and_shift(x, groups, weight, bias, eps):
     """
     (B, C), P = x.shape[:2], x.shape[2] * x.shape[3]
     chunks, width = triton.cdiv(P, PIXELS), C // groups
-    grid, tile = (B, chunks, triton.cdiv(C, CHANNELS)), (PIXELS, CHANNELS)
+    grid, tile = (B * chunks * triton.cdiv(C, CHANNELS),), (PIXELS, CHANNELS)
     joined = P, C, chunks, width, eps, PIXELS, triton.next_power_of_2(chunks), triton.next_power_of_2(width)
     shapes = (B, chunks, C), (B, C), (B, groups)
     parts, rows, whole = (x.new_empty(2, *shape, dtype=torch.float32) for shape in shapes)   # chunks, channels, groups
     if x.numel():
         _moments_kernel[grid](x, *parts, P, C, *tile)
-        _join_kernel[(B, groups)](*parts, weight, bias, *rows, *whole, *joined, False)
+        _join_kernel[(B, groups)](*parts, weight, bias, *rows, *whole, *joined, False, num_warps=1)
     return rows, whole, grid, tile, joined
 
 
@@ -151,7 +159,7 @@ class _GroupNorm(torch.autograd.Function):
         means, gx = torch.empty_like(whole), torch.empty_like(x)
         if x.numel():
             _back_kernel[grid](x, g, *rows, *whole, *parts, None, P, C, width, groups, *tile, silu)
-            _join_kernel[(B, groups)](*parts, weight, None, *sums, *means, *joined, True)
+            _join_kernel[(B, groups)](*parts, weight, None, *sums, *means, *joined, True, num_warps=1)
             _back_kernel[grid](x, g, *rows, *whole, *means, gx, P, C, width, groups, *tile, silu)
         trained = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]             # not in a quantized network
         return gx, None, sums[1].sum(0) if trained else None, sums[0].sum(0) if trained else None, None, None
