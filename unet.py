@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, repeat
 
-import plumbing.blocks  # noqa: F401  the kernels of group_norm, residual and attention
+import plumbing.blocks  # noqa: F401  the kernels of group_norm, residual, attend and attention
 from plumbing.kernels import kept, kernel
 
 T = 1000                # diffusion times that the network was trained on (DDPM section 4)
@@ -110,11 +110,17 @@ class Attention(nn.Module):
 
 
 @kernel
+def attend(q, k, v):
+    """(B, H, n, d) each -> (B, H, n, d): softmax(q k^T / sqrt(d)) v."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+@kernel
 def attention(x, block):
     """What Attention computes."""
     tokens = rearrange(block.norm(x), "B C h w -> B (h w) C")
     q, k, v = rearrange(block.qkv(tokens), "B n (three H d) -> three B H n d", three=3, H=block.heads)
-    out = F.scaled_dot_product_attention(q, k, v)                        # (B, H, n, d)
+    out = attend(q, k, v)                                                # (B, H, n, d)
     out = block.proj(rearrange(out, "B H n d -> B n (H d)"))
     return x + rearrange(out, "B (h w) C -> B C h w", h=x.shape[2])
 

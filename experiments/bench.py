@@ -365,7 +365,13 @@ class Compiled(torch.nn.Module):
 def sampling(device, quick):
     """Rows of part `sampling`: pictures a second at 50 DDIM steps, of the bundled float, none and single models."""
     n, steps = (16, 5) if quick else (500, 50)      # a step costs the same at each t: a CPU times 5, and 50 are reported
-    runs = {}
+    runs, memory = {}, {}
+    if device.type == "cuda":                        # the first of this process, so that what is reserved is its own
+        few = load_model(CHECKPOINTS / "w4a3-single-midrise.pt", device)
+        hqdm.set_integer(few)
+        torch.cuda.reset_peak_memory_stats()
+        draw(few, 64, steps)
+        memory = {"integer_64_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2)}
     for name, file in (("teacher", "teacher"), ("w4a3-none", "w4a3-none"), ("w4a3-single", "w4a3-single-midrise")):
         for view in (None,) if name == "teacher" else (None, "A", "B"):
             model = load_model(CHECKPOINTS / f"{file}.pt", device)
@@ -381,7 +387,7 @@ def sampling(device, quick):
     rows = [{"what": name, "batch": n, **t, "images_per_s_50": round(rate[name], 3)} for name, t in times.items()]
     best = max(rate["w4a3-single, integer A"], rate["w4a3-single, integer B"])
     half = rate.get("float, bf16, compiled")
-    return rows, {"integer_vs_float_sampling": round(best / rate["float"], 3),
+    return rows, {"integer_vs_float_sampling": round(best / rate["float"], 3), **memory,
                   **({"integer_vs_bf16_sampling": round(best / half, 3)} if half else {}),
                   "integer_vs_fake_sampling": round(best / rate["w4a3-single, fake"], 3)}
 

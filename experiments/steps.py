@@ -1,6 +1,7 @@
 """Where the time of one DDIM step goes: float, fake-quantized and integer side by side -> steps.json, steps.png.
 
-    python experiments/steps.py            # on the device at hand; of the other one steps.json keeps what it has
+    python experiments/steps.py            # on the device at hand; of the other one steps.json keeps what it has,
+                                           # and rows "before": the code before its kernels for integers
 
 torch.profiler names operators (CPU) or kernels (GPU); each is counted to the first group whose words are in its name.
 (So the pass of plumbing/blocks.py that normalises and rounds is rounding.) What these leave of `ms`, the median
@@ -26,7 +27,7 @@ from sample import CHECKPOINTS, load_model  # noqa: E402
 from unet import GroupNorm  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-GROUPS = {"attention": "attention|fmha|softmax",
+GROUPS = {"attention": "attention|_attend|fmha|softmax",
           "norms and SiLU": "group_norm|silu|_moments|_join|_apply_kernel|Welford",
           "transform and rounding": "_quantize|_walsh|aten::mm$|round|clamp|div|floor|remainder|aten::sub|aten::min|aten::max|"
                                     "lshift|rshift|bitwise|aten::mul",
@@ -116,6 +117,7 @@ def draw_figure(report, path):
             ax.text(i, bottom[i], f"{row['ms']:.0f} ms", ha="center", va="bottom", fontsize=9)
         ax.set_title(f"one step, batch {part['settings']['batch']}, {part['hardware']}", fontsize=10)
         ax.set_ylabel("milliseconds")
+        ax.margins(y=0.08)
     fig.legend(*ax.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9, reverse=True)
     with whole_file(path) as part:
         fig.savefig(part, format="png")
@@ -142,6 +144,7 @@ def main():
     print(json.dumps(least), flush=True)
     path = HERE / "steps.json"
     report = json.loads(path.read_text()) if path.is_file() else {}
+    rows += [row for row in report.get(device.type, {"rows": []})["rows"] if row["what"].endswith("before")]
     report[device.type] = {"rows": rows, "limit": least, **provenance(vars(args), device, time.time() - start)}
     write_json(path, report)
     draw_figure(report, path.with_suffix(".png"))

@@ -3,7 +3,7 @@
     python experiments/table.py            # print them
     python experiments/table.py --write    # put them into both pages, each between its two markers
 
-results.json, walks.json, results-before.json     the experiment, grid.py filled it; how its training was found; before that
+results.json, walks.json, results-before.json     the experiment, grid.py filled it; how its training was found; tuning before that
 scores-200.json, scores-pool.json                 sample.py --score wrote them; 200 DDIM steps; models from a stored pool
 NAME.json                                         metrics.json of the run that made the checkpoint NAME
 teacher-curve.json                                what the teacher's EMA drew on the way
@@ -13,6 +13,7 @@ bench, exact-cpu, exact-cuda, floor, layers, options, overfit, overfit-dropout, 
                                                   what bench.py, exact.py .. measured
 """
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -69,7 +70,7 @@ def experiment():
             f"(`results-before.json`). On the student's own, {WALKS} walks an image, {len(results.of_part(rows, 'tune'))} of {len(rows_of('tune'))} declared rows are made so far, "
             f"so that none and single may gain from another setting:\n\n"
             f"{results.tune(rows + before)}\n"
-            f"**One change at a time**, W4A3:\n\n{results.side(rows)}\n{results.changes(rows)}\n{results.spaced(rows, before)}\n{results.paper(rows)}\n{results.updates(rows)}\n"
+            f"**One change at a time**, W4A3:\n\n{results.side(rows)}\n{results.changes(rows)}\n{results.spaced(rows)}\n{results.paper(rows)}\n{results.updates(rows)}\n"
             f"{results.spoiled(rows)}\n{results.clamped(rows)}")
 
 
@@ -221,10 +222,11 @@ def exact():
 
 
 def speed():
-    """Markdown: the figures of bench.json, a column each for the GPU and the CPU."""
+    """Markdown: goals of speed and what was reached, then the other figures of bench.json."""
     report = read("bench.json")
-    gpu, cpu, before = report["h100"], report["cpu2"], report["h100 before"]
-    g, c = gpu["figures"], cpu["figures"]
+    gpu, cpu, old, cpu_old, two_gpus = (report[k] for k in ("h200", "cpu2", "h200 before", "cpu2 before", "h100"))
+    g, c, o = gpu["figures"], cpu["figures"], old["figures"]
+    costs = {r["batch"]: r for r in results.of_part(results.read(), "cost")}
 
     def of(entry, part, key, what, **where):
         rows = (r for r in entry["parts"][part] if r["what"] == what)
@@ -238,44 +240,54 @@ def speed():
         names = ("float", "w4a3-single, fake", "w4a3-single, integer B")
         return " / ".join(f"{of(entry, 'sampling', 'images_per_s_50', what):.3g}" for what in names)
 
-    def slowest(entry, batches):
-        return " / ".join(f"{entry['figures'][f'qat_update_ratio_b{b}']:.2f}" for b in batches)
+    def slowest(f, batches):
+        return " / ".join(f"{f[f'qat_update_ratio_b{b}']:.2f}" for b in batches)
 
     def theirs(entry, batches):
         ratios = (of(entry, "update", "of_float", "single, the authors' way", batch=b) for b in batches)
         return " / ".join(f"{ratio:.2f}" for ratio in ratios)
 
-    speeds, old = ({r["what"]: r["images_per_s"] for r in e["parts"]["training"]} for e in (gpu, before))
-    theirs_h200 = {r["what"]: r["images_per_s"] for r in report["h200"]["parts"]["training"]}
-    compiled = " / ".join(f"{theirs_h200['ours'] / theirs_h200[f'{name}, compiled']:.1f}"
+    def goal(what, key, least=0.0, most=math.inf, before=None, now=None):
+        now = (g if now is None else now).get(key)
+        said = "" if now is None or not least and most == math.inf else "met" if least <= now <= most else "missed"
+        return (what, f"{before[key]:.2f}" if before else "", "not measured" if now is None else f"{now:,.0f}" if now > 100 else f"{now:.2f}",
+                f">= {least:,}" if least else f"<= {most}" if most < math.inf else "to report", said)
+    trained = {r["what"]: r["images_per_s"] for r in gpu["parts"]["training"]}
+    compiled = " / ".join(f"{trained['ours'] / trained[f'{name}, compiled']:.1f}"
                           for name in ("denoising-diffusion-pytorch", "diffusers UNet2DModel"))
-    plain = " / ".join(f"{report['h200']['figures'][f'float_vs_{name}']:.1f}" for name in ("ddpm_pytorch", "diffusers"))
-    one, two = (f"{r['images_per_s']:,.0f}" for r in gpu["parts"]["scaling"] if r["images_per_s"])
-    others = "".join(f"; {r['what']} not measured" for r in gpu["parts"]["scaling"] if not r["images_per_s"])
-    rows = [("what", "NVIDIA H100", "2 CPU cores", "part of `experiments/bench.py`"),
+    one, two = (f"{r['images_per_s']:,.0f}" for r in two_gpus["parts"]["scaling"] if r["images_per_s"])
+    step = {r["what"]: r["ms"] for r in read("steps.json")["cuda"]["rows"]}
+    goals = [("goal, on an NVIDIA H200", "before", "now", "goal", ""),
+             goal("one step, W4A3, integer against float, batch 500, times as fast (`steps.json`)", "step", 1.5, now={"step": step["float"] / step["W4A3, integer"]}),
+             goal("pictures a second, W4A3, integer against float, batch 500", "integer_vs_float_sampling", 1.5, before=o),
+             goal("the same, against float in bf16, compiled", "integer_vs_bf16_sampling", 1.0),
+             goal(f"the same, against float, on 2 CPU cores, batch {cpu['parts']['sampling'][0]['batch']} (before: {cpu_old['parts']['sampling'][0]['batch']})",
+                  "integer_vs_float_sampling", 1.0, before=cpu_old["figures"], now=c),
+             *(goal(f"one quantized update / one float update, batch {b}", f"qat_update_ratio_b{b}", most=1.2, before=o) for b in (128, 512)),
+             goal("float training, images a second, batch 512", "float_images_per_s", 20_000),
+             goal("GiB of W4A3 training, batch 128", "peak_gib", most=12, now=costs[128]), goal("GiB of integer sampling, 64 pictures", "integer_64_gib")]
+    measured = {part: gpu if part in gpu["parts"] else old for part in ("update", "sampling")}
+    since = "" if measured["sampling"] is gpu else "before: "
+    rows = [("what", "NVIDIA H200", "2 CPU cores", "part of `experiments/bench.py`"),
             ("H x in float32, share of a copy's speed (error); time of H, quantize, H back in copies",
              transform(g), transform(c), "hadamard"),
             ("one quantized update / one float update, batch 128 / 512 (CPU 4 / 16), slowest rotation",
-             slowest(gpu, (128, 512)), slowest(cpu, (4, 16)), "update"),
+             since + slowest(measured["update"]["figures"], (128, 512)), slowest(c, (4, 16)), "update"),
             ("the same, layers computed as in the authors' code",
-             theirs(gpu, (128, 512)), theirs(cpu, (4, 16)), "update"),
+             since + theirs(measured["update"], (128, 512)), theirs(cpu, (4, 16)), "update"),
             ("pictures a second at 50 steps, batch 500 (CPU 16): float / fake-quantized / integer, W4A3 single",
-             rates(gpu), rates(cpu), "sampling"),
-            ("float training, images a second, batch 512 / 1,024 (CPU 8); as many times denoising-diffusion-pytorch / "
-             "diffusers (compiled)",
-             f"{speeds['ours']:,.0f} / {speeds['ours, batch 1024']:,.0f}; on an H200 {plain} ({compiled})",
-             f"{c['float_images_per_s']:.0f}", "training"),
-            ("the same by torchrun on 1 / 2 GPUs, 512 images each",
-             f"{one} / {two}, {g['ddp_speedup_2']:.2f} times{others}", "", "scaling"),
+             since + rates(measured["sampling"]), rates(cpu), "sampling"),
+            ("float training at batch 512, times as fast as denoising-diffusion-pytorch / diffusers (both compiled)",
+             f"{g['float_vs_ddpm_pytorch']:.1f} / {g['float_vs_diffusers']:.1f} ({compiled})", "", "training"),
+            ("float training by torchrun on 1 / 2 H100, 512 images each, images a second",
+             f"{one} / {two}, {two_gpus['figures']['ddp_speedup_2']:.2f} times", "", "scaling"),
             ("seconds of `make test` / the notebook / `make train`", "",
              f"{c['seconds_tests']:.0f} / {c['seconds_notebook']:.0f} / {c['seconds_train']:.0f}", "commands")]
-    lines = [f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows]
-    note = (f"The code before its kernels moved into `plumbing/`, on an H100 and each part in one call with the code "
-            f"after it: update ratio {slowest(before, (128, 512))}; pictures a second {rates(before)}; float training "
-            f"{old['ours']:,.0f} / {old['ours, batch 1024']:,.0f} images a second; H x "
-            f"{before['figures']['hadamard_fraction_of_copy']:.2f} of a copy's speed. All GPU figures are older than "
-            f"`plumbing/norm.py`, which made GroupNorm and SiLU one kernel, and are to be measured anew.")
-    return "\n".join([lines[0], "|---|---|---|---|", *lines[1:], "", note]) + "\n"
+
+    def lines(rows):
+        made = [f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows]
+        return "\n".join([made[0], "|" + "---|" * len(rows[0]), *made[1:]])
+    return f"{lines(goals)}\n\n{lines(rows)}\n"
 
 
 def steps():

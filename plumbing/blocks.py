@@ -6,10 +6,10 @@ tests/test_4_integer.py.
 """
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from einops import rearrange
 
-from plumbing.kernels import full_float32, has_kernel, on_triton, triton
+import plumbing.attention  # noqa: F401  the kernel of attend
+from plumbing.kernels import CHOSEN, full_float32, has_kernel, on_triton, triton
 from plumbing.norm import scale_and_shift, takes_images
 
 if triton is not None:
@@ -22,7 +22,7 @@ if triton is not None:
     def _norm_quantize_kernel(x_ptr, scale_ptr, shift_ptr, s_ptr, z_ptr, y_ptr, P, C, low, high, STEP: tl.constexpr,
                               K: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr, PIXELS: tl.constexpr,
                               TURNS: tl.constexpr):
-        """_apply_kernel, then _quantize_kernel: x (B, P, C) -> integers. Each program does TURNS tiles of a block of channels."""
+        """_apply_kernel, then _quantize_kernel: x (B, P, C) -> integers. A program does TURNS tiles of K channels."""
         _, _, sample, c, row = _tile(P, C, PIXELS * TURNS, K)
         scale, shift = _two(scale_ptr, shift_ptr, sample * C + c, c < C)
         s, z = tl.load(s_ptr + sample), 0.0
@@ -74,7 +74,8 @@ def rounded(norm, layer, x):
         s_x, z = (v if v is None else v.contiguous() for v in quantizer.of_steps(B))
     K, turns = width(layer), 4 if h * w >= 256 else 1            # the fastest of some twenty choices, on an H200
     _norm_quantize_kernel[(B * triton.cdiv(h * w, 64 * turns) * triton.cdiv(C, K),)](
-        x, scale, shift, s_x, z, q, h * w, C, *quantizer.grid, K, quantizer.block**-0.5, norm.silu, 64, turns, enable_fp_fusion=False)
+        x, scale, shift, s_x, z, q, h * w, C, *quantizer.grid, K, quantizer.block**-0.5, norm.silu, 64, turns,
+        enable_fp_fusion=False)
     return q, s_x
 
 
@@ -103,6 +104,6 @@ def attention(x, block):
     x = last(x)
     qkv = multiplied(block.qkv, *rounded(block.norm, block.qkv, x))
     q, k, v = rearrange(qkv, "B h w (three H d) -> three B H (h w) d", three=3, H=block.heads)
-    out = rearrange(F.scaled_dot_product_attention(q, k, v), "B H (h w) d -> B h w (H d)", h=x.shape[1])
+    out = rearrange(CHOSEN["attend"](q, k, v), "B H (h w) d -> B h w (H d)", h=x.shape[1])
     out = multiplied(block.proj, *block.proj.activations(out, block.proj.dtype), x)
     return rearrange(out, "B h w C -> B C h w")

@@ -4,11 +4,36 @@ onednn_product is a convolution of bytes, on CPUs whose oneDNN has one; int8_pro
 everywhere. Integers that are too large are cut into int8 digits. Both are exact, or refuse: tests/test_4.
 """
 import functools
+import warnings
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch.utils.weak import WeakTensorKeyDictionary
+
+
+def exact_or_said(multiply):
+    """Decorator: a frozen layer's first sums of each shape are compared with float64; who rounds them is warned of.
+
+    Some libraries choose Winograd's convolutions, which multiply by fractions. One sample shows it.
+    """
+    seen = set()
+
+    @functools.wraps(multiply)
+    def checked(layer, q_x, q_w, scales=None):
+        case = q_x.device, q_x.shape, q_w.shape, q_w.dtype, layer.stride, layer.padding
+        plain = type(q_x) is torch.Tensor and not torch.compiler.is_compiling()      # no stand-in of an exporter
+        plain = plain and not (q_x.is_cuda and torch.cuda.is_current_stream_capturing())
+        if layer.weights.frozen and len(q_x) and plain and case not in seen:
+            seen.add(case)
+            mine, *operands = (v.detach().cpu().double() for v in (multiply(layer, q_x, q_w)[:1], q_x[:1], q_w))
+            wrong = int((layer.product(*operands).float().double() != mine).sum())
+            if wrong and mine.isfinite().all():
+                warnings.warn(f"float convolutions on {q_x.device} do not add integers exactly here ({wrong} of "
+                              f"{mine.numel()} sums differ): hqdm.set_integer will give other bits", stacklevel=2)
+        return multiply(layer, q_x, q_w, scales)
+    return checked
+
 
 def int8_digits(x, largest, limit, bits):
     """Integers up to `largest` -> [(shift, int8)] with x = sum digit << shift: 0 .. 2^bits - 1, the last +-limit."""

@@ -10,14 +10,13 @@ import contextlib
 import functools
 import math
 import os
-import warnings
 import weakref
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from plumbing.int8 import int8_product, onednn_is_exact, onednn_product, for_triton
+from plumbing.int8 import exact_or_said, for_triton, int8_product, onednn_is_exact, onednn_product  # noqa: F401
 
 try:
     import triton
@@ -144,29 +143,6 @@ def kept_while_frozen(make):
     return remember
 
 
-def exact_or_said(multiply):
-    """Decorator: a frozen layer's first sums of each shape are compared with float64; who rounds them is warned of.
-
-    Some libraries choose Winograd's convolutions, which multiply by fractions. One sample shows it.
-    """
-    seen = set()
-
-    @functools.wraps(multiply)
-    def checked(layer, q_x, q_w, scales=None):
-        case = q_x.device, q_x.shape, q_w.shape, q_w.dtype, layer.stride, layer.padding
-        plain = type(q_x) is torch.Tensor and not torch.compiler.is_compiling()      # no stand-in of an exporter
-        plain = plain and not (q_x.is_cuda and torch.cuda.is_current_stream_capturing())
-        if layer.weights.frozen and len(q_x) and plain and case not in seen:
-            seen.add(case)
-            mine, *operands = (v.detach().cpu().double() for v in (multiply(layer, q_x, q_w)[:1], q_x[:1], q_w))
-            wrong = int((layer.product(*operands).float().double() != mine).sum())
-            if wrong and mine.isfinite().all():
-                warnings.warn(f"float convolutions on {q_x.device} do not add integers exactly here ({wrong} of "
-                              f"{mine.numel()} sums differ): hqdm.set_integer will give other bits", stacklevel=2)
-        return multiply(layer, q_x, q_w, scales)
-    return checked
-
-
 @has_kernel("int_product", lambda q_x, q_w, *_, **__: q_x.device.type in ("cpu", "cuda")
             and not q_x.is_floating_point() and not q_w.is_floating_point())
 def int_product(q_x, q_w, stride=1, padding=0, scales=None):
@@ -249,7 +225,8 @@ if triton is not None:
             y = tl.where(inside, g * (1 / s), 0.0)
             tl.store(gs_ptr + tl.program_id(0), -tl.sum(tl.sum(y * t, 1), 0))            # d(x/s)/ds = -(x/s)/s
             if gz_ptr is not None:
-                tl.store(gz_ptr + tl.program_id(0), -tl.sum(tl.sum(tl.where(inside, 0.0, g), 1), 0))     # inside, z comes and goes
+                outside = tl.where(inside, 0.0, g)                       # inside, z comes and goes
+                tl.store(gz_ptr + tl.program_id(0), -tl.sum(tl.sum(outside, 1), 0))
             if NORM != 1.0:
                 y = _rotate(y, K) * NORM
         tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask)
@@ -296,7 +273,7 @@ if triton is not None:
         Given more, that is added: of y's shape, or with SAMPLES (B, outs). Each program sums PIXELS x OUTS outputs over
         taps and channels; no patches are copied. Integer units take int8: wide operands (int16, of up to 14 bits) are
         cut into low + 128 high, weights (2, ..) beforehand; the three shifts are summed apart. Given middle (outs,),
-        which was taken off the weights: its share is middle times the sum of x, found as one more product, with ones.
+        which was taken off the weights: its share is middle times the sum of x, minus a product with -1.
         """
         cols = tl.cdiv(outs, OUTS)
         first = tl.program_id(0) % cols * OUTS
@@ -305,8 +282,7 @@ if triton is not None:
         picture, chunks = x_ptr + b.to(tl.int64) * (h * w * C), tl.cdiv(C, CHANNELS)
         acc = tl.zeros((PIXELS, OUTS), tl.int32)
         acc7, acc14 = acc, acc                                   # narrow operands leave them 0: the compiler drops them
-        ones, all_x = tl.full((CHANNELS, 16), 1, tl.int8), tl.zeros((PIXELS, 16), tl.int32)      # 16 times the same sum
-        all_x7 = all_x
+        minus, all_x = tl.full((CHANNELS, 16), -1, tl.int8), tl.zeros((PIXELS, 16), tl.int32)    # 16 times the same
         for k in range(taps * chunks):
             tap, c = k // chunks, k % chunks * CHANNELS + tl.arange(0, CHANNELS)
             y, x = i + tap // kw, j + tap % kw
@@ -322,9 +298,9 @@ if triton is not None:
                 high_w = tl.load(w_ptrs + outs * taps * C, within, other=0)
             acc = tl.dot(low_x, low_w, acc, out_dtype=tl.int32)
             if middle_ptr is not None:
-                all_x = tl.dot(low_x, ones, all_x, out_dtype=tl.int32)
+                all_x = tl.dot(low_x, minus, all_x, out_dtype=tl.int32)
                 if WIDE_X:
-                    all_x7 = tl.dot(high_x, ones, all_x7, out_dtype=tl.int32)
+                    all_x = tl.dot(high_x, tl.full((CHANNELS, 16), -128, tl.int8), all_x, out_dtype=tl.int32)
             if WIDE_X:
                 acc7 = tl.dot(high_x, low_w, acc7, out_dtype=tl.int32)
             if WIDE_W:
@@ -333,7 +309,7 @@ if triton is not None:
                 acc14 = tl.dot(high_x, high_w, acc14, out_dtype=tl.int32)
         acc += (acc7 << 7) + (acc14 << 14)
         if middle_ptr is not None:
-            acc += tl.max(all_x + (all_x7 << 7), 1)[:, None] * tl.load(middle_ptr + out, out < outs, other=0)[None, :]
+            acc -= tl.max(all_x, 1)[:, None] * tl.load(middle_ptr + out, out < outs, other=0)[None, :]
         # Written in two halves: more beside all sums would be more than there are registers.
         left, right = tl.split(tl.permute(tl.reshape(acc, (PIXELS, 2, OUTS // 2)), (0, 2, 1)))
         out = first + tl.arange(0, OUTS // 2)
@@ -452,6 +428,6 @@ def int_product_triton(q_x, q_w, stride, padding, scales, *shape):
         CHANNELS = 128 if C % 128 == 0 and not any(wide) else 64 if C > 32 else 32
         samples = [v.ndim == 2 for v in (scales or ())[3:]]
         _int_kernel[(triton.cdiv(pixels, PIXELS) * triton.cdiv(O, OUTS),)](
-            q_x, w, y, pixels, h, w_in, *shape[1:], q_x.shape[-1], O, kw, kh * kw, stride, padding, PIXELS, OUTS, CHANNELS,
-            *wide, middle, *(v.contiguous() for v in scales or ()), *samples, enable_fp_fusion=False)
+            q_x, w, y, pixels, h, w_in, *shape[1:], q_x.shape[-1], O, kw, kh * kw, stride, padding, PIXELS, OUTS,
+            CHANNELS, *wide, middle, *(v.contiguous() for v in scales or ()), *samples, enable_fp_fusion=False)
     return y

@@ -23,7 +23,7 @@ if triton is not None:
 
     @triton.jit
     def _tile(P, C, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
-        """Where a program works: offsets in a tensor (B, P, C), their mask; sample, pixels, channels, row of (B chunks, C)."""
+        """Where a program works: offsets in (B, P, C), their mask; sample, channels, row of (B chunks, C)."""
         cols, chunks = tl.cdiv(C, CHANNELS), tl.cdiv(P, PIXELS)
         row, c = tl.program_id(0) // cols, tl.program_id(0) % cols * CHANNELS + tl.arange(0, CHANNELS)
         sample, pixel = row // chunks, row % chunks * PIXELS + tl.arange(0, PIXELS)

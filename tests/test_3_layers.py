@@ -96,14 +96,15 @@ def cases(block, dtype=torch.float32):
     s, z, w = torch.rand(2) + 0.5, torch.tensor([0.0, 3.0]), torch.rand(160) + 0.5
     acc, q_x = torch.randn(2, 9, 9, 160), torch.randint(-7, 8, (2, 9, 9, 256), generator=g, dtype=torch.int8)
     q_w = torch.randint(-480, 481, (160, 256, 3, 3), generator=g, dtype=torch.int16)
-    scales = s, w, torch.randn(160)
+    scales, aside, qkv = (s, w, torch.randn(160)), q_w.clamp(-99, 99) + 90, 2 * torch.randn(2, 70, 3, 3, 32)
     return {"walsh": [(x, -1, block, 0.3), (x.movedim(-1, 1), 1, block), (x.contiguous().movedim(-1, 1).contiguous(), 1, block),
                       (q_x, -1, block), (q_w, 1, block)],
             "rotate_and_quantize": [(x, s, None, hqdm.Grid(-3, 3), block), (x, s, z, hqdm.Grid(0, 7), 1),
                                     (x, s, None, hqdm.Grid(-7, 7), block, torch.int8), (x, s, None, hqdm.Grid(-7, 7, 2), block)],
             "scale_and_bias": [(acc, scales)],
             "group_norm": [(acc.movedim(-1, 1) + 1, 32, w, scales[2], 1e-5, silu) for silu in (False, True)],
-            "int_product": [(q_x, q_w, 1, 1), (q_x, q_w, 2, 1, scales), (q_x.to(torch.int16) * 30, q_w, 1, 0, scales),
+            "attend": [tuple(qkv.permute(2, 0, 3, 1, 4)), (*torch.randn(2, 1, 2, 64, 16), qkv[:1, :64, 0, :2, :16].transpose(1, 2))],
+            "int_product": [(q_x, aside, 1, 1), (q_x.to(torch.int16) * 30, aside[:7], 2, 1), (q_x[..., :3], aside[:, :3], 1, 1, scales), (q_x, q_w, 1, 1), (q_x, q_w, 2, 1, scales), (q_x.to(torch.int16) * 30, q_w, 1, 0, scales),
                            (q_x, q_w.clamp(-99, 99).to(torch.int8), 1, 1), (q_x.int() * 999, q_w.long(), 1, 1)]}
 
 

@@ -61,6 +61,19 @@ def test_group_norm_is_pytorchs(offset, silu, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("n, d", [(256, 32), (70, 16), (1, 64)])
+def test_attention_is_a_weighted_mean(n, d, device):
+    """Against its formula in float64, values and gradients; weights from next to nothing to nearly all."""
+    qkv, g = 3 * torch.randn(3, 2, 2, n, d, dtype=torch.float64), torch.randn(2, 2, n, d, dtype=torch.float64)
+    mine, oracle = (qkv.to(device, torch.float32).requires_grad_(), qkv.requires_grad_())
+    y, (q, k, v) = U.attend(*mine), oracle
+    expected = (q @ k.mT / d**0.5).softmax(-1) @ v
+    pairs = (y, expected), tuple(torch.autograd.grad(u, x, g.to(u))[0] for u, x in ((y, mine), (expected, oracle)))
+    for a, b in pairs:
+        assert (a.cpu().double() - b).norm() < 2e-5 * b.norm()        # one TF32 product: 3e-4
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_sample_is_normalised_alike_in_every_batch(device):
     """The same bits alone as among others; and half precision comes back as float32, from float32 sums."""
     weight, bias, x = *torch.randn(2, 64, device=device), torch.randn(5, 64, 9, 9, device=device).half()

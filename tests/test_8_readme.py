@@ -20,7 +20,7 @@ from plumbing import kernels
 sys.path.insert(0, str(ROOT / "experiments"))
 README = (ROOT / "README.md").read_text()
 MODULES = ["hqdm", "unet", "sample", "train"]
-KERNELS = ["plumbing/kernels", "plumbing/norm", "plumbing/blocks"]
+KERNELS = ["plumbing/kernels", "plumbing/norm", "plumbing/attention", "plumbing/blocks"]
 FILES = [*MODULES, *KERNELS, "plumbing/int8", "plumbing/runs"]
 
 
@@ -221,14 +221,9 @@ def test_what_the_pages_say_of_earlier_runs():
     assert all(rates[False][key] > 1.5 * rates[True][key] for key in ("eps_error_untrained", "eps_error"))
     assert rates[True]["eps_error"] < min(r["eps_error"] for r in rows if r["rotation"] == "single")
     bench = table.read("bench.json")
-    speed = {r["batch"]: r for r in bench["h100"]["parts"]["training"] if r["what"].startswith("ours")}
-    assert speed[512]["images_per_s"] < speed[1024]["images_per_s"] < 20_000                     # the goal is missed
-    assert 0.18 < (2 * speed[512]["ms"] - speed[1024]["ms"]) / speed[512]["ms"] < 0.22           # a fifth does not grow
-    for key in ("qat_update_ratio_b128", "qat_update_ratio_b512"):
-        assert bench["h100"]["figures"][key] < 1.03 * bench["h100 before"]["figures"][key]           # no slower than before
-    for part, rate in (("sampling", "images_per_s_50"), ("training", "images_per_s")):
-        after, before = ({r["what"]: r[rate] for r in bench[name]["parts"][part] if r[rate]} for name in ("h100", "h100 before"))
-        assert len(after) > 1 and all(after[what] > 0.97 * before[what] for what in before)
+    speed = {r["batch"]: r for r in bench["h200"]["parts"]["training"] if r["what"].startswith("ours")}
+    assert speed[512]["images_per_s"] < 20_000 < speed[1024]["images_per_s"]                     # the goal is missed
+    assert 0.25 < (2 * speed[512]["ms"] - speed[1024]["ms"]) / speed[512]["ms"] < 0.33           # what does not grow
 
 
 def test_legend_names_exist():
