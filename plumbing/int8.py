@@ -153,11 +153,10 @@ def for_triton(q_w):
     Weights of 8 bits less their zero point are past int8 for lying to one side: with the middle of each output's taken
     off they fit. Others are the low seven bits, and what is above.
     """
-    w, middle = F.pad(rearrange(q_w, "O C kh kw -> O kh kw C"), (0, -q_w.shape[1] % 16)), None
-    if q_w.dtype == torch.int8:
-        return w.contiguous()[None], None
-    if not (w.is_cuda and torch.cuda.is_current_stream_capturing()):             # else nobody may look
+    w, middle = rearrange(q_w, "O C kh kw -> O kh kw C"), None
+    digits, blind = [w], w.is_cuda and torch.cuda.is_current_stream_capturing()         # then nobody may look
+    if w.dtype != torch.int8:
         low, high = w.amin((1, 2, 3)).int(), w.amax((1, 2, 3)).int()
-        middle = (low + high + 1) >> 1 if int((high - low).max()) < 2**8 else None
-    digits = [w & 127, w >> 7] if middle is None else [w - middle[:, None, None, None]]
-    return torch.stack(digits).to(torch.int8).contiguous(), middle
+        middle = None if blind or int((high - low).max()) >= 2**8 else (low + high + 1) >> 1
+        digits = [w & 127, w >> 7] if middle is None else [w - middle[:, None, None, None]]
+    return F.pad(torch.stack(digits).to(torch.int8), (0, -w.shape[-1] % 16)).contiguous(), middle

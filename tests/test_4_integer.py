@@ -328,10 +328,22 @@ def test_blocks_in_fewer_passes(scheme, view, monkeypatch):
     assert torch.equal(unet(x, t, y).detach(), fake) and not taken           # with gradients
 
 
+@pytest.mark.parametrize("low, high", [(-3, 252), (-3, 253), (0, 255), (1, 256), (-8000, 8000), (-128, 127)])
+def test_weights_for_triton_are_the_weights(low, high):
+    """Digits and middle add up to them: one digit of as many as 256 integers, wherever these lie; else two."""
+    q_w = torch.randint(low, high + 1, (5, 3, 3, 3), dtype=torch.int16)
+    q_w[:, 0, 0, 0], q_w[:, 1, 1, 1] = low, high
+    q_w = q_w.to(hqdm.narrow(max(-low, high)))
+    digits, middle = int8.for_triton(q_w)
+    assert digits.dtype == torch.int8 and len(digits) == 1 + (high - low > 255) and digits.shape[-1] % 16 == 0
+    w = sum(digit.long() << 7 * i for i, digit in enumerate(digits)) + (0 if middle is None else middle[:, None, None, None])
+    assert torch.equal(w[..., :3], q_w.movedim(1, -1).long()) and not digits[..., 3:].any()
+
+
 @pytest.mark.skipif(not (torch.cuda.is_available() or kernels.INTERPRETED), reason="needs a GPU, or TRITON_INTERPRET=1")
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("block", [1, 32])
-@pytest.mark.parametrize("dtype, size", [(torch.int32, (16, 8)), (torch.float32, (15, 20))])        # one turn; four
+@pytest.mark.parametrize("dtype, size", [(torch.int32, (16, 8)), (torch.float32, (24, 25))])        # one turn; four
 def test_one_pass_has_the_bits_of_two(dtype, size, block, silu):
     """Norm and rounding at once, on a grid so fine that nearly every bit of H norm(x) / s is seen.
 
