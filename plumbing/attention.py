@@ -40,8 +40,8 @@ if triton is not None:
 
 
 def _takes_heads(q, k, v):
-    floats = q.dtype == torch.float32 and q.shape == k.shape == v.shape and q.shape[-1] in (16, 32, 64, 128)
-    return floats and on_triton(q) and not torch.is_autocast_enabled(q.device.type)
+    fits = q.dtype == torch.float32 and q.shape == k.shape == v.shape and q.shape[-1] in (16, 32, 64)    # shared memory
+    return fits and on_triton(q) and not torch.is_autocast_enabled(q.device.type)
 
 
 @has_kernel("attend", _takes_heads)

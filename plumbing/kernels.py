@@ -273,7 +273,7 @@ if triton is not None:
         Given more, that is added: of y's shape, or with SAMPLES (B, outs). Each program sums PIXELS x OUTS outputs over
         taps and channels; no patches are copied. Integer units take int8: wide operands (int16, of up to 14 bits) are
         cut into low + 128 high, weights (2, ..) beforehand; the three shifts are summed apart. Given middle (outs,),
-        which was taken off the weights: its share is middle times the sum of x, minus a product with -1.
+        which was taken off the weights: its share is middle times the sum of x.
         """
         cols = tl.cdiv(outs, OUTS)
         first = tl.program_id(0) % cols * OUTS
@@ -282,7 +282,7 @@ if triton is not None:
         picture, chunks = x_ptr + b.to(tl.int64) * (h * w * C), tl.cdiv(C, CHANNELS)
         acc = tl.zeros((PIXELS, OUTS), tl.int32)
         acc7, acc14 = acc, acc                                   # narrow operands leave them 0: the compiler drops them
-        minus, all_x = tl.full((CHANNELS, 16), -1, tl.int8), tl.zeros((PIXELS, 16), tl.int32)    # 16 times the same
+        all_x = tl.zeros((PIXELS,), tl.int32)
         for k in range(taps * chunks):
             tap, c = k // chunks, k % chunks * CHANNELS + tl.arange(0, CHANNELS)
             y, x = i + tap // kw, j + tap % kw
@@ -298,9 +298,7 @@ if triton is not None:
                 high_w = tl.load(w_ptrs + outs * taps * C, within, other=0)
             acc = tl.dot(low_x, low_w, acc, out_dtype=tl.int32)
             if middle_ptr is not None:
-                all_x = tl.dot(low_x, minus, all_x, out_dtype=tl.int32)
-                if WIDE_X:
-                    all_x = tl.dot(high_x, tl.full((CHANNELS, 16), -128, tl.int8), all_x, out_dtype=tl.int32)
+                all_x += tl.sum(q_x.to(tl.int32), 1)
             if WIDE_X:
                 acc7 = tl.dot(high_x, low_w, acc7, out_dtype=tl.int32)
             if WIDE_W:
@@ -309,7 +307,7 @@ if triton is not None:
                 acc14 = tl.dot(high_x, high_w, acc14, out_dtype=tl.int32)
         acc += (acc7 << 7) + (acc14 << 14)
         if middle_ptr is not None:
-            acc -= tl.max(all_x, 1)[:, None] * tl.load(middle_ptr + out, out < outs, other=0)[None, :]
+            acc += all_x[:, None] * tl.load(middle_ptr + out, out < outs, other=0)[None, :]
         # Written in two halves: more beside all sums would be more than there are registers.
         left, right = tl.split(tl.permute(tl.reshape(acc, (PIXELS, 2, OUTS // 2)), (0, 2, 1)))
         out = first + tl.arange(0, OUTS // 2)
