@@ -40,7 +40,7 @@ if triton is not None:
 
 
 def _takes_heads(q, k, v):
-    fits = q.dtype == torch.float32 and q.shape == k.shape == v.shape and q.shape[-1] in (16, 32, 64)    # shared memory
+    fits = q.dtype == torch.float32 and q.shape == k.shape == v.shape and q.shape[-1] in (16, 32)    # 64 need more memory than all cards have
     return fits and on_triton(q) and not torch.is_autocast_enabled(q.device.type)
 
 
@@ -64,6 +64,7 @@ class _Attend(torch.autograd.Function):
         return y.transpose(1, 2)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         with torch.enable_grad():
             leaves = [u.detach().requires_grad_() for u in ctx.saved_tensors]
