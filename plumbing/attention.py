@@ -40,8 +40,8 @@ if triton is not None:
 
 
 def _takes_heads(q, k, v):
-    fits = q.dtype == torch.float32 and q.shape == k.shape == v.shape and q.shape[-1] in (16, 32)    # 64 need more memory than all cards have
-    return fits and on_triton(q) and not torch.is_autocast_enabled(q.device.type)
+    alike = q.dtype == torch.float32 and q.shape == k.shape == v.shape and not torch.is_autocast_enabled(q.device.type)
+    return alike and on_triton(q) and q.shape[-1] in (16, 32)    # 64 and more: not every card has the shared memory
 
 
 @has_kernel("attend", _takes_heads)
