@@ -33,9 +33,8 @@ It stays integer arithmetic. With H = R / sqrt(k), R the matrix of +-1, the scal
     y - bias = s_x s_w / sqrt(k) * conv(R q_x, q_w - z)         view A: activations rotated back, as integers
              = s_x s_w / sqrt(k) * conv(q_x, (q_w - z) R)       view B: integer weights rotated, once and offline
 
-Both sums are the same integers (R is symmetric), and float32 holds integers below 2^24 exactly. So every layer computes
-on the integer grid, also in training: on integers kept as floats ("fake-quantized"), or on int8. Once the weights are
-frozen, both give the same bits.
+Both sums are the same integers (R is symmetric), and float32 holds integers below 2^24 exactly. So each layer computes
+on the integer grid, in training, too: in floats ("fake-quantized"), or int8. Once frozen, both give the same bits.
 
 What is learned, against the noise that leads to the float model's picture (train.py): LoRA factors A, B, added to each
 weight before it is rounded; a scale s_w for each output channel; a scale s_x for each layer and DDIM step t.
@@ -65,7 +64,8 @@ import torch.nn.functional as F
 from einops import rearrange
 
 try:
-    from plumbing.kernels import exact_or_said, full_float32, kept, kept_while_frozen, kernel
+    from plumbing.int8 import exact_or_said
+    from plumbing.kernels import full_float32, kept, kept_while_frozen, kernel
 except ModuleNotFoundError:                          # this file alone is complete, and slower: none changes a result
     kernel = kept = kept_while_frozen = exact_or_said = lambda definition: definition
     full_float32 = lambda device: torch.autocast(device.type, enabled=False)     # noqa: E731  bf16 keeps no integers

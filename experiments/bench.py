@@ -1,6 +1,6 @@
 """How fast each part is, against what it competes with, on the device at hand.
 
-    python experiments/bench.py                    # everything but the commands: bench.json, bench.png, a table
+    python experiments/bench.py                    # everything but the commands: bench.json, a table
     python experiments/bench.py hadamard sampling  # these parts only; of the others bench.json keeps what it has
     python experiments/bench.py commands           # a CPU: seconds of `make test`, the notebook and the short training
 
@@ -19,6 +19,7 @@ half. Times are of warm code: compiling and the first rounds are left out.
 import contextlib
 import copy
 import functools
+import gc
 import itertools
 import json
 import re
@@ -366,9 +367,11 @@ def sampling(device, quick):
     """Rows of part `sampling`: pictures a second at 50 DDIM steps, of the bundled float, none and single models."""
     n, steps = (16, 5) if quick else (500, 50)      # a step costs the same at each t: a CPU times 5, and 50 are reported
     runs, memory = {}, {}
-    if device.type == "cuda":                        # the first of this process, so that what is reserved is its own
+    if device.type == "cuda":                        # what is reserved, without what earlier parts left
         few = load_model(CHECKPOINTS / "w4a3-single-midrise.pt", device)
         hqdm.set_integer(few)
+        gc.collect()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         draw(few, 64, steps)
         memory = {"integer_64_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2)}
@@ -431,40 +434,6 @@ def table(rows):
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells)
 
 
-def chart(report, path):
-    """Bars of four parts (the transform in its first layout), and its growth; a row for each device with `update`."""
-    from matplotlib.figure import Figure
-    devices = [name for name in report if "update" in report[name]["parts"]]
-    if not devices:
-        return
-    fig = Figure(figsize=(20, 2.6 * len(devices)), layout="constrained")
-    for row, name in zip(fig.subplots(len(devices), 5, squeeze=False), devices):
-        parts = report[name]["parts"]
-        first = [r for r in parts.get("hadamard", []) if (r["dtype"], r["layout"]) == ("float32", "channels_last")]
-        first = [r for r in first if r.get("of_copy") and r["shape"] == first[0]["shape"]]
-        batches, trained = parts.get("update", []), [r for r in parts.get("training", []) if r["images_per_s"]]
-        bars = [("share of a copy's speed", [(r["what"], r["of_copy"]) for r in first]),
-                ("one update, ratio to float", [(f"{r['what']}, {r['batch']}", r["of_float"]) for r in batches]),
-                ("pictures a second, 50 steps", [(r["what"], r["images_per_s_50"]) for r in parts.get("sampling", [])]),
-                ("float training, images a second", [(r["what"], r["images_per_s"]) for r in trained])]
-        for ax, (title, pairs) in zip(row, bars):
-            ax.barh([k for k, _ in pairs][::-1], [v for _, v in pairs][::-1], color="C0")
-            ax.set_title(f"{name}: {title}", fontsize=9)
-            ax.tick_params(labelsize=7)
-            ax.locator_params(axis="x", nbins=6)
-            ax.set_visible(bool(pairs))
-        lines = parts.get("growth", [])
-        for what in dict.fromkeys(r["what"] for r in lines):
-            points = [(r["length"], r["ms"]) for r in lines if r["what"] == what]
-            row[4].loglog(*zip(*points), "o-", markersize=3, label=what)
-        row[4].set_title(f"{name}: ms of the transform against n", fontsize=9)
-        row[4].tick_params(labelsize=7)
-        row[4].set_visible(bool(lines))
-        row[4].legend(fontsize=7) if lines else None
-    with whole_file(path) as part:
-        fig.savefig(part, dpi=110, format="png")
-
-
 def main():
     parser = new_parser(__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (all but commands)")
@@ -485,7 +454,6 @@ def main():
         entry["figures"].update(figures)
         entry["provenance"][part] = provenance(vars(args), device, time.time() - start)
         write_json(path, report)                                             # after each part: a kill loses one
-    chart(report, HERE / "bench.png")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Where the time of one DDIM step goes: float, fake-quantized and integer side by side -> steps.json, steps.png.
 
-    python experiments/steps.py            # on the device at hand; of the other one steps.json keeps what it has,
-                                           # and rows "before": the code before its kernels for integers
+    python experiments/steps.py            # on the device at hand; of the other one steps.json keeps what it has
+
+Rows "before" stay: an integer step by the code before plumbing/blocks.py, with its date and what float took on that day.
 
 torch.profiler names operators (CPU) or kernels (GPU); each is counted to the first group whose words are in its name.
 (So the pass of plumbing/blocks.py that normalises and rounds is rounding.) What these leave of `ms`, the median

@@ -256,9 +256,10 @@ def speed():
     compiled = " / ".join(f"{trained['ours'] / trained[f'{name}, compiled']:.1f}"
                           for name in ("denoising-diffusion-pytorch", "diffusers UNet2DModel"))
     one, two = (f"{r['images_per_s']:,.0f}" for r in two_gpus["parts"]["scaling"] if r["images_per_s"])
-    step = {r["what"]: r["ms"] for r in read("steps.json")["cuda"]["rows"]}
-    goals = [("goal, on an NVIDIA H200", "before", "now", "goal", ""),
-             goal("one step, W4A3, integer against float, batch 500, times as fast (`steps.json`)", "step", 1.5, now={"step": step["float"] / step["W4A3, integer"]}),
+    step = {r["what"]: r for r in read("steps.json")["cuda"]["rows"]}
+    goals = [("what, on an NVIDIA H200 unless said", "before", "now", "goal", ""),
+             goal("one step, W4A3, integer against float, batch 500, times as fast (`steps.json`)", "step", 1.5,
+                  before={"step": step["W4A3, integer, before"]["float"] / step["W4A3, integer, before"]["ms"]}, now={"step": step["float"]["ms"] / step["W4A3, integer"]["ms"]}),
              goal("pictures a second, W4A3, integer against float, batch 500", "integer_vs_float_sampling", 1.5, before=o),
              goal("the same, against float in bf16, compiled", "integer_vs_bf16_sampling", 1.0),
              goal(f"the same, against float, on 2 CPU cores, batch {cpu['parts']['sampling'][0]['batch']} (before: {cpu_old['parts']['sampling'][0]['batch']})",
@@ -267,16 +268,17 @@ def speed():
              goal("float training, images a second, batch 512", "float_images_per_s", 20_000),
              goal("GiB of W4A3 training, batch 128", "peak_gib", most=12, now=costs[128]), goal("GiB of integer sampling, 64 pictures", "integer_64_gib")]
     measured = {part: gpu if part in gpu["parts"] else old for part in ("update", "sampling")}
-    since = "" if measured["sampling"] is gpu else "before: "
+    since = {part: "" if entry is gpu else "before: " for part, entry in measured.items()}
+    dated = ", ".join(f"{part} {made['date']}" for part, made in gpu["provenance"].items())
     rows = [("what", "NVIDIA H200", "2 CPU cores", "part of `experiments/bench.py`"),
             ("H x in float32, share of a copy's speed (error); time of H, quantize, H back in copies",
              transform(g), transform(c), "hadamard"),
             ("one quantized update / one float update, batch 128 / 512 (CPU 4 / 16), slowest rotation",
-             since + slowest(measured["update"]["figures"], (128, 512)), slowest(c, (4, 16)), "update"),
+             since["update"] + slowest(measured["update"]["figures"], (128, 512)), slowest(c, (4, 16)), "update"),
             ("the same, layers computed as in the authors' code",
-             since + theirs(measured["update"], (128, 512)), theirs(cpu, (4, 16)), "update"),
+             since["update"] + theirs(measured["update"], (128, 512)), theirs(cpu, (4, 16)), "update"),
             ("pictures a second at 50 steps, batch 500 (CPU 16): float / fake-quantized / integer, W4A3 single",
-             since + rates(measured["sampling"]), rates(cpu), "sampling"),
+             since["sampling"] + rates(measured["sampling"]), rates(cpu), "sampling"),
             ("float training at batch 512, times as fast as denoising-diffusion-pytorch / diffusers (both compiled)",
              f"{g['float_vs_ddpm_pytorch']:.1f} / {g['float_vs_diffusers']:.1f} ({compiled})", "", "training"),
             ("float training by torchrun on 1 / 2 H100, 512 images each, images a second",
@@ -287,7 +289,8 @@ def speed():
     def lines(rows):
         made = [f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows]
         return "\n".join([made[0], "|" + "---|" * len(rows[0]), *made[1:]])
-    return f"{lines(goals)}\n\n{lines(rows)}\n"
+    return (f"{lines(goals)}\n\nBefore: the code before `plumbing/blocks.py`; its sampling and updates on the H200 are of {old['provenance']['sampling']['date']}.\n\n{lines(rows)}\n\n"
+            f"The H200's parts are of: {dated}. What is older than {read('steps.json')['cuda']['date']} is older than the present kernels; training compiles its own.\n")
 
 
 def steps():
@@ -296,10 +299,11 @@ def steps():
     for part in read("steps.json").values():
         words = []
         for row in part["rows"]:
-            spent = {k: v for k, v in row.items() if k not in ("what", "ms")}
+            spent = {k: v for k, v in row.items() if k not in ("what", "ms", "float", "date")}
             first, second = sorted(spent, key=spent.get)[:-3:-1]
             total = sum(spent.values())
-            words.append(f"{row['what']} {row['ms']:.0f} ms ({first} {spent[first] / total:.0%}, {second} {spent[second] / total:.0%})")
+            then = f", {row['date']}, when float took {row['float']:.0f} ms," if "date" in row else ""
+            words.append(f"{row['what']}{then} {row['ms']:.0f} ms ({first} {spent[first] / total:.0%}, {second} {spent[second] / total:.0%})")
         lines.append(f"One step of {part['settings']['batch']} pictures on {part['hardware']}: {'; '.join(words)} "
                      f"(`{part['command']}`, {part['date']}).")
         if least := part.get("limit"):

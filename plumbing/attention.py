@@ -1,7 +1,8 @@
 """Not the method, skip it at first reading: unet.py's attend in one pass, on the matrix units.
 
-PyTorch's attention in float32 takes a quarter of a step. Here each number is three of TF32's, as exact (tests/test_5),
-and the weights of all pairs of tokens never go through memory: FlashAttention, Dao et al. 2022, arXiv 2205.14135.
+PyTorch's multiplies float32 without them. Here each number is split into two of TF32 and a product into three of
+theirs (the fourth is below rounding), as exact as float32: tests/test_5. A piece of the weights at a time is held, as
+in FlashAttention, Dao et al. 2022, arXiv 2205.14135.
 """
 import torch
 import torch.nn.functional as F
@@ -40,32 +41,33 @@ if triton is not None:
 
 
 def _takes_heads(q, k, v):
-    alike = q.dtype == torch.float32 and q.shape == k.shape == v.shape and not torch.is_autocast_enabled(q.device.type)
-    return alike and on_triton(q) and q.shape[-1] in (16, 32)    # 64 and more: not every card has the shared memory
+    heads = q.ndim == 4 and q.shape == k.shape == v.shape and q.shape[-1] in (16, 32)    # 64: more than some cards hold
+    return on_triton(q) and heads and q.dtype == torch.float32 and not torch.is_autocast_enabled(q.device.type)
 
 
 @has_kernel("attend", _takes_heads)
 def attend(q, k, v):
-    return _Attend.apply(q, k, v)
+    return _Attend.apply(q, k, v).transpose(1, 2)
 
 
 class _Attend(torch.autograd.Function):
-    """The way back is PyTorch's, which goes forward once more for it."""
+    """-> (B, n, H, d). The way back is PyTorch's, and goes forward once more: so training has the bits of drawing."""
 
     @staticmethod
     def forward(ctx, q, k, v):
         ctx.save_for_backward(q, k, v)
         (B, H, n, D), strides = q.shape, q.stride()
-        if not strides == k.stride() == v.stride() or strides[3] != 1:
+        far = max(H * strides[1], n * strides[2]) >= 2**31       # offsets within a sample have 32 bits
+        if not strides == k.stride() == v.stride() or strides[3] != 1 or far:
             q, k, v = (u.contiguous() for u in (q, k, v))
         y = q.new_empty(B, n, H, D)
         if y.numel():
             _attend_kernel[(B * H * triton.cdiv(n, 64),)](q, k, v, y, n, H, *q.stride()[:3], D**-0.5, D, 64, 64)
-        return y.transpose(1, 2)
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast(g.device.type, enabled=False):
             leaves = [u.detach().requires_grad_() for u in ctx.saved_tensors]
-            return torch.autograd.grad(F.scaled_dot_product_attention(*leaves), leaves, g)
+            return torch.autograd.grad(F.scaled_dot_product_attention(*leaves), leaves, g.transpose(1, 2))

@@ -1,4 +1,5 @@
-"""Not the method, skip it at first reading: hqdm.py's int_product from int8 instructions of torch, without Triton.
+"""Not the method, skip it at first reading: hqdm.py's int_product from int8 instructions of torch, without Triton;
+weights as Triton's wants them; and a look at whether float convolutions add integers exactly.
 
 onednn_product is a convolution of bytes, on CPUs whose oneDNN has one; int8_product, im2col and a matrix product, runs
 everywhere. Integers that are too large are cut into int8 digits. Both are exact, or refuse: tests/test_4.
@@ -23,7 +24,7 @@ def exact_or_said(multiply):
     def checked(layer, q_x, q_w, scales=None):
         case = q_x.device, q_x.shape, q_w.shape, q_w.dtype, layer.stride, layer.padding
         plain = type(q_x) is torch.Tensor and not torch.compiler.is_compiling()      # no stand-in of an exporter
-        plain = plain and not (q_x.is_cuda and torch.cuda.is_current_stream_capturing())
+        plain = plain and not captured(q_x)
         if layer.weights.frozen and len(q_x) and plain and case not in seen:
             seen.add(case)
             mine, *operands = (v.detach().cpu().double() for v in (multiply(layer, q_x, q_w)[:1], q_x[:1], q_w))
@@ -119,12 +120,21 @@ def onednn_product(q_x, q_w, stride, padding):
 _PREPARED = WeakTensorKeyDictionary()
 
 
+def captured(x):
+    """Whether a CUDA graph is recorded where x is."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def prepared(make):
-    """Decorator: make(q_w, *args) is kept as long as the tensor that holds q_w, made anew where that was written."""
+    """Decorator: make(q_w, *args) is kept as long as the tensor that holds q_w, made anew where that was written.
+
+    What a CUDA graph makes is the graph's, filled when it runs: it is not kept.
+    """
     @functools.wraps(make)
     def remember(q_w, *args):
         owner = q_w if q_w._base is None else q_w._base
-        key = None if q_w.is_inference() else (make, q_w._version, q_w.shape, q_w.stride(), q_w.storage_offset(), *args)
+        key = None if q_w.is_inference() or captured(q_w) else (
+            make, q_w._version, q_w.shape, q_w.stride(), q_w.storage_offset(), *args)
         if key is not None and owner in _PREPARED and _PREPARED[owner][0] == key:
             return _PREPARED[owner][1]
         with torch.inference_mode(False):            # for later calls, too
@@ -150,13 +160,14 @@ def packed(q_w, limit, stride, padding):
 def for_triton(q_w):
     """A weight for Triton: int8 (1 or 2 digits, O, kh, kw, C' = C and zeros to a multiple of 16); middle (O,) or None.
 
-    Weights of 8 bits less their zero point are past int8 for lying to one side: with the middle of each output's taken
-    off they fit. Others are the low seven bits, and what is above.
+    q_w - z of 8 bits are 256 integers in a row, but not -128 .. 127: less the middle of those of their output they fit.
+    Others, and all in a CUDA graph, where nobody may look, are two digits: the low seven bits, and what is above.
     """
     w, middle = rearrange(q_w, "O C kh kw -> O kh kw C"), None
-    digits, blind = [w], w.is_cuda and torch.cuda.is_current_stream_capturing()         # then nobody may look
-    if w.dtype != torch.int8:
+    digits = [w] if w.dtype == torch.int8 else [w & 127, w >> 7]
+    if len(digits) > 1 and not captured(w):
         low, high = w.amin((1, 2, 3)).int(), w.amax((1, 2, 3)).int()
-        middle = None if blind or int((high - low).max()) >= 2**8 else (low + high + 1) >> 1
-        digits = [w & 127, w >> 7] if middle is None else [w - middle[:, None, None, None]]
+        if int((high - low).max()) < 2**8:
+            middle = (low + high + 1) >> 1
+            digits = [w - middle[:, None, None, None]]
     return F.pad(torch.stack(digits).to(torch.int8), (0, -w.shape[-1] % 16)).contiguous(), middle

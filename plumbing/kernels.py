@@ -1,10 +1,10 @@
 """Not the method, skip it at first reading: four functions of hqdm.py once more, as one pass over memory each.
 
-hqdm.py and unet.py (norm.py, blocks.py) mark definitions with @kernel. On an NVIDIA GPU from Ampere on, a kernel of
-the same name and arguments then runs instead (Triton comes with torch on Linux); on a CPU integer products take int8
-instructions (int8.py), and rounding without gradients is in place. tests/test_3 to 5 compare each with its definition.
-HQDM_KERNELS=off in the environment, or ENABLED = False here, leaves the definitions alone. To step through a kernel
-without a GPU: TRITON_INTERPRET=1 python -m pytest tests/test_3*.
+hqdm.py and unet.py (norm.py, attention.py, blocks.py) mark definitions with @kernel. On an NVIDIA GPU from Ampere on,
+a kernel of the same name and arguments then runs instead (Triton comes with torch on Linux); on a CPU integer products
+take int8 instructions (int8.py), and rounding without gradients is in place. tests/test_3 to 5 compare each with its
+definition. HQDM_KERNELS=off in the environment, or ENABLED = False here, leaves the definitions alone. To step through
+a kernel without a GPU: TRITON_INTERPRET=1 python -m pytest tests/test_3*.
 """
 import contextlib
 import functools
@@ -14,9 +14,8 @@ import weakref
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 
-from plumbing.int8 import exact_or_said, for_triton, int8_product, onednn_is_exact, onednn_product  # noqa: F401
+from plumbing.int8 import for_triton, int8_product, onednn_is_exact, onednn_product
 
 try:
     import triton
@@ -61,7 +60,7 @@ def on_triton(x, block=32):
     """Whether Triton takes x. A program holds R in shared memory: 16 KB at block 64; 64 KB, too much, at 128."""
     if triton is None or block not in (16, 32, 64) or x.dtype == torch.float64:      # matrix units want 16 or more
         return False
-    return torch.cuda.get_device_properties(x.device).major >= 8 if x.is_cuda else INTERPRETED
+    return torch.cuda.get_device_properties(x.device).major >= 8 if x.is_cuda else INTERPRETED and x.device.type == "cpu"
 
 
 def has_kernel(name, takes):

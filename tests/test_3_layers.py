@@ -103,9 +103,12 @@ def cases(block, dtype=torch.float32):
                                     (x, s, None, hqdm.Grid(-7, 7), block, torch.int8), (x, s, None, hqdm.Grid(-7, 7, 2), block)],
             "scale_and_bias": [(acc, scales)],
             "group_norm": [(acc.movedim(-1, 1) + 1, 32, w, scales[2], 1e-5, silu) for silu in (False, True)],
-            "attend": [tuple(qkv.permute(2, 0, 3, 1, 4)), (*torch.randn(2, 1, 2, 64, 16), qkv[:1, :64, 0, :2, :16].transpose(1, 2))],
-            "int_product": [(q_x, aside, 1, 1), (q_x.to(torch.int16) * 30, aside[:7], 2, 1), (q_x[..., :3], aside[:, :3], 1, 1, scales), (q_x, q_w, 1, 1), (q_x, q_w, 2, 1, scales), (q_x.to(torch.int16) * 30, q_w, 1, 0, scales),
-                           (q_x, q_w.clamp(-99, 99).to(torch.int8), 1, 1), (q_x.int() * 999, q_w.long(), 1, 1)]}
+            "attend": [tuple(qkv.permute(2, 0, 3, 1, 4)),
+                       (*torch.randn(2, 1, 2, 64, 16), qkv[:1, :64, 0, :2, :16].transpose(1, 2))],
+            "int_product": [(q_x, q_w, 1, 1), (q_x, q_w, 2, 1, scales), (q_x.to(torch.int16) * 30, q_w, 1, 0, scales),
+                            (q_x, aside, 1, 1), (q_x.to(torch.int16) * 30, aside[:7], 2, 1),
+                            (q_x[..., :3], aside[:, :3], 1, 1, scales),
+                            (q_x, q_w.clamp(-99, 99).to(torch.int8), 1, 1), (q_x.int() * 999, q_w.long(), 1, 1)]}
 
 
 def on(device, v):

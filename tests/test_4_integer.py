@@ -343,7 +343,8 @@ def test_weights_for_triton_are_the_weights(low, high):
 @pytest.mark.skipif(not (torch.cuda.is_available() or kernels.INTERPRETED), reason="needs a GPU, or TRITON_INTERPRET=1")
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("block", [1, 32])
-@pytest.mark.parametrize("dtype, size", [(torch.int32, (16, 8)), (torch.float32, (24, 25))])        # one turn; four
+@pytest.mark.parametrize("size", [(16, 8), (24, 25)])            # one turn; four
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32])
 def test_one_pass_has_the_bits_of_two(dtype, size, block, silu):
     """Norm and rounding at once, on a grid so fine that nearly every bit of H norm(x) / s is seen.
 

@@ -73,6 +73,13 @@ def test_attention_is_a_weighted_mean(n, d, device):
         assert (a.cpu().double() - b).norm() < 2e-5 * b.norm()        # one TF32 product: 3e-4
 
 
+def test_attention_takes_what_pytorchs_takes():
+    """Heads in one dimension, values as wide as they like, nothing at all, and tensors without numbers."""
+    for q, v in ((torch.randn(6, 7, 32),) * 2, (torch.randn(1, 2, 7, 32), torch.randn(1, 2, 7, 8)),
+                 (torch.randn(0, 2, 7, 32),) * 2, (torch.randn(1, 2, 7, 32, device="meta"),) * 2):
+        assert U.attend(q, q, v).shape == (*q.shape[:-1], v.shape[-1])
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_sample_is_normalised_alike_in_every_batch(device):
     """The same bits alone as among others; and half precision comes back as float32, from float32 sums."""

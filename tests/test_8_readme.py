@@ -119,7 +119,7 @@ def test_tables_are_made_from_json():
 def test_what_a_step_spends_is_counted_once(monkeypatch):
     """Operators and kernels by name; a network's milliseconds are all in some group."""
     steps = importlib.import_module("steps")
-    of = {"aten::mm": "transform and rounding", "_quantize_kernel": "transform and rounding", "aten::addmm": "convolutions and matrix products",
+    of = {"aten::mm": "transform and rounding", "_norm_quantize_kernel": "transform and rounding", "_attend_kernel": "attention", "aten::addmm": "convolutions and matrix products",
           "sm90_xmma_fprop_implicit_gemm": "convolutions and matrix products", "onednn::qconv2d_pointwise": "convolutions and matrix products",
           "_int_kernel": "convolutions and matrix products", "fmha_cutlassF_f32": "attention", "_apply_kernel": "norms and SiLU",
           "aten::_scaled_dot_product_flash_attention_for_cpu": "attention", "aten::addcmul": "scales and bias", "aten::cat": "additions, copies, the rest"}
@@ -222,7 +222,7 @@ def test_what_the_pages_say_of_earlier_runs():
     assert rates[True]["eps_error"] < min(r["eps_error"] for r in rows if r["rotation"] == "single")
     bench = table.read("bench.json")
     speed = {r["batch"]: r for r in bench["h200"]["parts"]["training"] if r["what"].startswith("ours")}
-    assert speed[512]["images_per_s"] < 20_000 < speed[1024]["images_per_s"]                     # the goal is missed
+    assert speed[512]["images_per_s"] < 20_000 < speed[1024]["images_per_s"]                     # the goal is for 512
     assert 0.25 < (2 * speed[512]["ms"] - speed[1024]["ms"]) / speed[512]["ms"] < 0.33           # what does not grow
 
 
