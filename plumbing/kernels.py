@@ -60,7 +60,9 @@ def on_triton(x, block=32):
     """Whether Triton takes x. A program holds R in shared memory: 16 KB at block 64; 64 KB, too much, at 128."""
     if triton is None or block not in (16, 32, 64) or x.dtype == torch.float64:      # matrix units want 16 or more
         return False
-    return torch.cuda.get_device_properties(x.device).major >= 8 if x.is_cuda else INTERPRETED and x.device.type == "cpu"
+    if x.is_cuda:
+        return torch.cuda.get_device_properties(x.device).major >= 8
+    return INTERPRETED and x.device.type == "cpu"
 
 
 def has_kernel(name, takes):
