@@ -6,7 +6,7 @@
 tune      three kinds at W4A3: balance of the loss, rates, whose walks; on a seed that no other part has
 headline  none, double, single, single midrise at W4A3 and W4A4, three seeds, equal updates
 updates   none and single, both grids, at W4A3, one seed, after 1 to 4,000 updates instead
-side      one seed each: blocks, rank, batch 32, bits, double on a midrise grid; models of 10, 20 and 100 DDIM steps, on both walks
+side      one seed each: blocks, rank, batch 32, bits, double on a midrise grid; models of 10, 20 (both walks) and 100 DDIM steps
 paper     the paper's own recipe, and the baseline with zero points that are not searched
 spoil     no training: the float model draws the first k of 50 steps, W4A3 the others; and the other way round
 clamp     no training: the float model and W4A3 with x_0 clamped to [-1, 1] at every step, as many samplers do, and not

@@ -224,7 +224,7 @@ def exact():
 def speed():
     """Markdown: goals of speed and what was reached, then the other figures of bench.json."""
     report = read("bench.json")
-    gpu, cpu, old, cpu_old, two_gpus = (report[k] for k in ("h200", "cpu2", "h200 before", "cpu2 before", "h100"))
+    gpu, cpu, old, cpu_old, h100 = (report[k] for k in ("h200", "cpu2", "h200 before", "cpu2 before", "h100"))
     g, c, o = gpu["figures"], cpu["figures"], old["figures"]
     costs = {r["batch"]: r for r in results.of_part(results.read(), "cost")}
 
@@ -255,7 +255,7 @@ def speed():
     trained = {r["what"]: r["images_per_s"] for r in gpu["parts"]["training"]}
     compiled = " / ".join(f"{trained['ours'] / trained[f'{name}, compiled']:.1f}"
                           for name in ("denoising-diffusion-pytorch", "diffusers UNet2DModel"))
-    one, two = (f"{r['images_per_s']:,.0f}" for r in two_gpus["parts"]["scaling"] if r["images_per_s"])
+    one, two = (f"{r['images_per_s']:,.0f}" for r in h100["parts"]["scaling"] if r["images_per_s"])
     step = {r["what"]: r for r in read("steps.json")["cuda"]["rows"]}
     goals = [("what, on an NVIDIA H200 unless said", "before", "now", "goal", ""),
              goal("one step, W4A3, integer against float, batch 500, times as fast (`steps.json`)", "step", 1.5,
@@ -279,17 +279,19 @@ def speed():
              since["update"] + theirs(measured["update"], (128, 512)), theirs(cpu, (4, 16)), "update"),
             ("pictures a second at 50 steps, batch 500 (CPU 16): float / fake-quantized / integer, W4A3 single",
              since["sampling"] + rates(measured["sampling"]), rates(cpu), "sampling"),
-            ("float training at batch 512, times as fast as denoising-diffusion-pytorch / diffusers (both compiled)",
+            ("float training at batch 512, times as fast as denoising-diffusion-pytorch / diffusers (in brackets: as they are compiled)",
              f"{g['float_vs_ddpm_pytorch']:.1f} / {g['float_vs_diffusers']:.1f} ({compiled})", "", "training"),
             ("float training by torchrun on 1 / 2 H100, 512 images each, images a second",
-             f"{one} / {two}, {two_gpus['figures']['ddp_speedup_2']:.2f} times", "", "scaling"),
+             f"{one} / {two}, {h100['figures']['ddp_speedup_2']:.2f} times", "", "scaling"),
             ("seconds of `make test` / the notebook / `make train`", "",
              f"{c['seconds_tests']:.0f} / {c['seconds_notebook']:.0f} / {c['seconds_train']:.0f}", "commands")]
 
     def lines(rows):
         made = [f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows]
         return "\n".join([made[0], "|" + "---|" * len(rows[0]), *made[1:]])
-    return (f"{lines(goals)}\n\nBefore: the code before `plumbing/blocks.py`; its sampling and updates on the H200 are of {old['provenance']['sampling']['date']}.\n\n{lines(rows)}\n\n"
+    return (f"{lines(goals)}\n\nBefore: the code before `plumbing/blocks.py`; pictures and updates on the H200 are of {old['provenance']['sampling']['date']}, on the CPU of {cpu_old['provenance']['sampling']['date']}. "
+            f"On an H100, {h100['provenance']['update']['date']}: update ratio {slowest(h100['figures'], (128, 512))}; pictures a second {rates(h100)}; H x {h100['figures']['hadamard_fraction_of_copy']:.2f} of a copy's speed; "
+            f"float training {h100['figures']['float_images_per_s']:,.0f} images a second.\n\n{lines(rows)}\n\n"
             f"The H200's parts are of: {dated}. What is older than {read('steps.json')['cuda']['date']} is older than the present kernels; training compiles its own.\n")
 
 

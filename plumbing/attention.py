@@ -1,8 +1,7 @@
 """Not the method, skip it at first reading: unet.py's attend in one pass, on the matrix units.
 
-PyTorch's multiplies float32 without them. Here each number is split into two of TF32 and a product into three of
-theirs (the fourth is below rounding), as exact as float32: tests/test_5. A piece of the weights at a time is held, as
-in FlashAttention, Dao et al. 2022, arXiv 2205.14135.
+Each number of float32 is split into two of TF32, and a product into three of theirs (the fourth is below rounding).
+A piece of the weights at a time is held, as in FlashAttention, Dao et al. 2022, arXiv 2205.14135.
 """
 import torch
 import torch.nn.functional as F

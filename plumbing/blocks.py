@@ -23,12 +23,11 @@ if triton is not None:
                               K: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr, PIXELS: tl.constexpr,
                               TURNS: tl.constexpr):
         """_apply_kernel, then _quantize_kernel: x (B, P, C) -> integers. A program does TURNS tiles of K channels."""
-        _, _, sample, c, row = _tile(P, C, PIXELS * TURNS, K)
+        _, _, sample, first, c, _ = _tile(P, C, PIXELS * TURNS, K)
         scale, shift = _two(scale_ptr, shift_ptr, sample * C + c, c < C)
         s, z = tl.load(s_ptr + sample), 0.0
         if z_ptr is not None:
             z = tl.load(z_ptr + sample)
-        first = row % tl.cdiv(P, PIXELS * TURNS) * PIXELS * TURNS
         for turn in range(TURNS):
             pixel = first + turn * PIXELS + tl.arange(0, PIXELS)
             offsets = (sample.to(tl.int64) * P + pixel)[:, None] * C + c[None, :]

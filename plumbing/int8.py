@@ -23,8 +23,7 @@ def exact_or_said(multiply):
     @functools.wraps(multiply)
     def checked(layer, q_x, q_w, scales=None):
         case = q_x.device, q_x.shape, q_w.shape, q_w.dtype, layer.stride, layer.padding
-        plain = type(q_x) is torch.Tensor and not torch.compiler.is_compiling()      # no stand-in of an exporter
-        plain = plain and not captured(q_x)
+        plain = type(q_x) is torch.Tensor and not torch.compiler.is_compiling() and not captured(q_x)    # no stand-in
         if layer.weights.frozen and len(q_x) and plain and case not in seen:
             seen.add(case)
             mine, *operands = (v.detach().cpu().double() for v in (multiply(layer, q_x, q_w)[:1], q_x[:1], q_w))

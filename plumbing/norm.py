@@ -23,12 +23,13 @@ if triton is not None:
 
     @triton.jit
     def _tile(P, C, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
-        """Where a program works: offsets in (B, P, C), their mask; sample, channels, row of (B chunks, C)."""
+        """Where a program works: offsets in (B, P, C), mask; sample, first pixel, channels, row of (B chunks, C)."""
         cols, chunks = tl.cdiv(C, CHANNELS), tl.cdiv(P, PIXELS)
         row, c = tl.program_id(0) // cols, tl.program_id(0) % cols * CHANNELS + tl.arange(0, CHANNELS)
-        sample, pixel = row // chunks, row % chunks * PIXELS + tl.arange(0, PIXELS)
+        sample, first = row // chunks, row % chunks * PIXELS
+        pixel = first + tl.arange(0, PIXELS)
         offsets = (sample.to(tl.int64) * P + pixel)[:, None] * C + c[None, :]
-        return offsets, (pixel < P)[:, None] & (c < C)[None, :], sample, c, row
+        return offsets, (pixel < P)[:, None] & (c < C)[None, :], sample, first, c, row
 
     @triton.jit
     def _two(a_ptr, b_ptr, at, mask):
@@ -38,9 +39,8 @@ if triton is not None:
     @triton.jit
     def _moments_kernel(x_ptr, mean_ptr, m2_ptr, P, C, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
         """Mean and summed squared distance from it, of each channel over a chunk of pixels: (B, chunks, C) each."""
-        offsets, mask, _, c, row = _tile(P, C, PIXELS, CHANNELS)
-        x = tl.load(x_ptr + offsets, mask, other=0).to(tl.float32)
-        n = tl.minimum(P - row % tl.cdiv(P, PIXELS) * PIXELS, PIXELS)
+        offsets, mask, _, first, c, row = _tile(P, C, PIXELS, CHANNELS)
+        x, n = tl.load(x_ptr + offsets, mask, other=0).to(tl.float32), tl.minimum(P - first, PIXELS)
         mean = tl.sum(x, 0) / n
         away = tl.where(mask, x - mean[None, :], 0.0)
         tl.store(mean_ptr + row * C + c, mean, c < C)
@@ -79,7 +79,7 @@ if triton is not None:
     @triton.jit
     def _apply_kernel(x_ptr, scale_ptr, shift_ptr, y_ptr, P, C, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
                       SILU: tl.constexpr):
-        offsets, mask, sample, c, _ = _tile(P, C, PIXELS, CHANNELS)
+        offsets, mask, sample, _, c, _ = _tile(P, C, PIXELS, CHANNELS)
         x = tl.load(x_ptr + offsets, mask, other=0).to(tl.float32)
         scale, shift = _two(scale_ptr, shift_ptr, sample * C + c, c < C)
         tl.store(y_ptr + offsets, _normalised(x, scale, shift, SILU), mask)
@@ -92,7 +92,7 @@ if triton is not None:
         without gx: first, second (B, chunks, C) are sums of g and g x^ over a chunk. With it: first, second (B, groups)
         are the means of w g and w g x^ over a group, and gx = scale g - (first + second x^) / std.
         """
-        offsets, mask, sample, c, row = _tile(P, C, PIXELS, CHANNELS)
+        offsets, mask, sample, _, c, row = _tile(P, C, PIXELS, CHANNELS)
         group = sample * groups + c // width
         scale, shift = _two(scale_ptr, shift_ptr, sample * C + c, c < C)
         mean, rstd = _two(mean_ptr, rstd_ptr, group, c < C)

@@ -70,7 +70,7 @@ def test_attention_is_a_weighted_mean(n, d, device):
     expected = (q @ k.mT / d**0.5).softmax(-1) @ v
     pairs = (y, expected), tuple(torch.autograd.grad(u, x, g.to(u))[0] for u, x in ((y, mine), (expected, oracle)))
     for a, b in pairs:
-        assert (a.cpu().double() - b).norm() < 2e-5 * b.norm()        # one TF32 product: 3e-4
+        assert (a.cpu().double() - b).norm() < 2e-5 * b.norm()        # with TF32 alone: 1e-3
 
 
 def test_attention_takes_what_pytorchs_takes():
