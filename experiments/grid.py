@@ -7,7 +7,7 @@ tune      three kinds at W4A3: balance of the loss, rates, whose walks; on a see
 headline  none, double, single, single midrise at W4A3 and W4A4, three seeds, equal updates
 updates   none and single, both grids, at W4A3, one seed, after 1 to 4,000 updates instead
 side      one seed each: blocks, rank, batch 32, bits, double on a midrise grid; models of 10, 20 (both walks) and 100 DDIM steps
-paper     the paper's own recipe, and the baseline with zero points that are not searched
+paper     the paper's own recipe, whose baseline has zero points that are not searched; each recipe with the other's
 spoil     no training: the float model draws the first k of 50 steps, W4A3 the others; and the other way round
 clamp     no training: the float model and W4A3 with x_0 clamped to [-1, 1] at every step, as many samplers do, and not
 cost      no scores: seconds and memory of train.py by batch; wants the GPU alone
@@ -59,7 +59,9 @@ PAPER_RATES = {"lora": 1 / 2500, "s_w": 1e-6, "s_x": 5e-4, "z_x": 5e-4}
 
 
 def rows_of(part):
-    """The rows of a part: options of train.py; "paper": with the paper's rates and EfficientDM's search of zero points."""
+    """The rows of a part: options of train.py; and "paper": with the paper's rates; "searched": its zero points, by
+    default where a row is not the paper's. EfficientDM shrinks both ends of a range together.
+    """
     w4a3, one = BITS["w4a3"], {**BITS["w4a3"], **EQUAL, "seed": 0}
     if part == "tune":
         tried = [*(dict(walks="student", balance=balance) for balance in (0.5, 0.75, 1.0)),
@@ -82,25 +84,27 @@ def rows_of(part):
                      (10, "student"), (20, "student"), (100, "student"), (10, "teacher"), (20, "teacher"))
                  for kind in ("none", "single")]
         return [{**one, **KINDS["double"], "grid": "midrise"}, *shapes, *bits, *times]
-    return [{**w4a3, **KINDS[kind], "seed": 0, "order": "trajectory", "walks": "teacher", "batch": 2, "steps": 16_000,
-             "balance": 0.0, "ddim_steps": 100, "paper": True} for kind in ("none", "double", "single")]
+    recipe = {**w4a3, "seed": 0, "order": "trajectory", "walks": "teacher", "batch": 2, "steps": 16_000, "balance": 0.0,
+              "ddim_steps": 100, "paper": True}
+    return [*({**recipe, **KINDS[kind]} for kind in ("none", "double", "single")),
+            {**recipe, **KINDS["none"], "searched": True}, {**one, **KINDS["none"], "searched": False}]
 
 
 def options_of(row):
     """A row as options of train.py."""
-    options = {k: v for k, v in row.items() if k != "paper"}
+    options = {k: v for k, v in row.items() if k not in ("paper", "searched")}
     return [word for k, v in options.items() for word in (f"--{k.replace('_', '-')}", str(v))]
 
 
 def command_of(row):
-    """What makes a row's model: train.py, which does not have the paper's rates, or this program."""
-    return "python experiments/grid.py paper" if row.get("paper") else " ".join(["python train.py", *options_of(row)])
+    """What makes a row's model: train.py, which has neither the paper's rates nor its zero points, or this program."""
+    return "python experiments/grid.py paper" if {"paper", "searched"} & row.keys() else " ".join(["python train.py", *options_of(row)])
 
 
 def name_of(row):
     """What a row is called: w4a3-single-midrise-seed0, and what else it has that others do not."""
     if row.get("paper"):
-        return f"paper-{row['rotation']}"
+        return f"paper-{row['rotation']}" + "-searched" * row.get("searched", False)
     main = train.run_name(row["wbits"], row["abits"], row["rotation"], row.get("grid"))
     plain = {"wbits", "abits", "rotation", "grid", *(EQUAL if EQUAL.items() <= row.items() and row["seed"] != TUNED else ())}
     return "-".join([main, *(f"{k}{v}" for k, v in row.items() if k not in plain)]).replace("_", "-")
@@ -173,7 +177,7 @@ def run_row(row, device, score_of):
         try:
             train.RATES.update(PAPER_RATES if row.get("paper") else {})
             train.untrained_pictures = float_pictures
-            with searched(not row.get("paper")):
+            with searched(row.get("searched", not row.get("paper"))):
                 train.main([*argv, *["--resume"] * (out / "last.pt").is_file()])
         finally:
             train.RATES.update(rates)

@@ -127,18 +127,18 @@ def captured(x):
 def prepared(make):
     """Decorator: make(q_w, *args) is kept as long as the tensor that holds q_w, made anew where that was written.
 
-    What a CUDA graph makes is the graph's, filled when it runs: it is not kept.
+    What a CUDA graph makes is the graph's, filled when it runs: it is not kept. What was there before, it takes.
     """
     @functools.wraps(make)
     def remember(q_w, *args):
         owner = q_w if q_w._base is None else q_w._base
-        key = None if q_w.is_inference() or captured(q_w) else (
+        key = None if q_w.is_inference() else (
             make, q_w._version, q_w.shape, q_w.stride(), q_w.storage_offset(), *args)
         if key is not None and owner in _PREPARED and _PREPARED[owner][0] == key:
             return _PREPARED[owner][1]
         with torch.inference_mode(False):            # for later calls, too
             made = make(q_w, *args)
-        if key is not None:
+        if key is not None and not captured(q_w):
             _PREPARED[owner] = key, made
         return made
     return remember

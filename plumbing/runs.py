@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import gc
 import io
 import json
 import math
@@ -152,9 +153,14 @@ def recorded(f, device):
             torch.cuda.current_stream().wait_stream(stream)
             return result
         if graphs[key] is None:
-            graph, held = torch.cuda.CUDAGraph(), [v.clone() for v in inputs]
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):     # torch.distributed has its own thread
-                result = f(*held)
+            graph, held, collecting = torch.cuda.CUDAGraph(), [v.clone() for v in inputs], gc.isenabled()
+            gc.disable()                             # an older graph that Python frees meanwhile spoils this one
+            try:
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):     # torch.distributed has a thread
+                    result = f(*held)
+            finally:
+                if collecting:
+                    gc.enable()
             graphs[key] = graph, held, result
         graph, held, result = graphs[key]
         for mine, v in zip(held, inputs):

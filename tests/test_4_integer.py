@@ -475,6 +475,16 @@ def test_prepared_weights_follow_their_tensor():
     assert len(int8._PREPARED) == before
 
 
+def test_a_graph_takes_prepared_weights_and_keeps_none(monkeypatch):
+    """While a CUDA graph is recorded, what was prepared before is taken; what is made then is made anew each time."""
+    old, new = (torch.randint(-200, 56, (8, 16, 1, 1), dtype=torch.int16) for _ in range(2))
+    first = int8.for_triton(old)
+    monkeypatch.setattr(int8, "captured", lambda x: True)
+    assert int8.for_triton(old) is first and int8.for_triton(new) is not int8.for_triton(new)
+    old += 1
+    assert int8.for_triton(old) is not first
+
+
 def test_products_without_onednn(monkeypatch):
     """im2col and a matrix product add up to the same."""
     q_x, q_w = torch.randint(-7, 8, (2, 5, 5, 32), dtype=torch.int8), torch.randint(-99, 100, (8, 32, 3, 3), dtype=torch.int8)

@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import functools
+import gc
 import importlib
 import io
 import json
@@ -387,6 +388,31 @@ def test_recorded_steps_are_the_steps(device):
         assert_close(norm, torch.nn.utils.clip_grad_norm_(b.parameters(), 1.0)), assert_close(loss, oracle.detach())
         adam.step()
         assert_close(a.weight, b.weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_python_frees_no_recording_while_another_is_made():
+    """An old recorded step is a ring of objects, freed when Python looks for those; that would spoil a new one."""
+    x, old = torch.ones(3, device="cuda"), []
+    def f(v):
+        if torch.cuda.is_current_stream_capturing():
+            old.clear()
+            gc.set_threshold(1)
+            assert [[] for _ in range(1000)]         # new objects: so Python looks
+        return v + 1
+    before = gc.get_threshold()
+    try:
+        new = runs.recorded(f, "cuda")
+        new(x)
+        gc.set_threshold(10**6)
+        step = runs.recorded(lambda v: v - 1, "cuda")
+        old.append(step)
+        assert [step(x).tolist() for _ in range(2)] == [[0, 0, 0]] * 2
+        step.itself = step
+        del step
+        assert [new(x).tolist() for _ in range(2)] == [[2, 2, 2]] * 2 and gc.isenabled()
+    finally:
+        gc.set_threshold(*before)
 
 
 def test_rates_of_both_trainings():
@@ -910,7 +936,7 @@ def test_the_declared_grid():
         args = train.parse([*grid.options_of(row), "--device", "cpu"])
         assert all(getattr(args, k) == v for k, v in row.items() if k not in ("paper", "searched"))
     assert all(grid.EQUAL.items() <= row.items() for row in rows["headline"] + rows["cost"])
-    assert all(row["balance"] == 0 for row in rows["paper"])
+    assert all(row["balance"] == 0 for row in rows["paper"] if row.get("paper"))
     assert not {r["seed"] for r in rows["tune"]} & {r["seed"] for part in rows if part != "tune" for r in rows[part]}
 
 
@@ -919,6 +945,8 @@ def test_the_grid_is_run_scored_and_gone_on_with(small, teacher_file, tmp_path, 
     row = {"wbits": 4, "abits": 3, "rotation": "single", "grid": "midrise", "block": 16, "rank": 4, "ddim_steps": 3, "steps": 2,
            "batch": 4, "balance": 0.5, "seed": 0}
     rows = [row, {**row, "seed": 1, "paper": True}]
+    searched, asked = grid.searched, []
+    monkeypatch.setattr(grid, "searched", lambda ends: asked.append(ends) or searched(ends))
     monkeypatch.setattr(grid, "rows_of", lambda part: rows)
     monkeypatch.setattr(grid, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(grid, "PICTURES", 4)
@@ -946,6 +974,7 @@ def test_the_grid_is_run_scored_and_gone_on_with(small, teacher_file, tmp_path, 
     assert_close(mine["brightness"], (pictures.double() - reference.double()).mean().item())
     assert mine["command"] == " ".join(["python train.py", *grid.options_of(row)]) and mine["part"] == "headline"
     assert made[grid.name_of(rows[1])]["command"] == "python experiments/grid.py paper"      # train.py has other rates
+    assert asked == [False, True]                    # row 1 first: another process had row 0
     more = run(n="5")                                # other rows, of the same models
     assert {name for name in more if name not in made} == {f"{name}-n5" for name in made} and len(lora) == 2
     assert more["float-ddim-steps3-n5"]["n"] == 5 and {k: more[k] for k in made} == made
