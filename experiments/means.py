@@ -2,9 +2,8 @@
 
     python experiments/means.py --seeds 100 101 102     # mid-rise grid; rows of other seeds are kept
 
-m is one vector a layer for all t ("one"), or one a step ("steps"): H m is the mean of the rotated channels. At first it
-is that of the float model's walks. conv(m, w_hat) is fixed, and differs from a bias at the borders only. All else is as
-in the headline rows of grid.py.
+m is one vector a layer for all t: H m is the mean of the rotated channels, at first that of the float model's walks.
+conv(m, w_hat) is fixed, and differs from a bias at the borders only. All else is as in the headline rows of grid.py.
 """
 import json
 import sys
@@ -21,16 +20,12 @@ from plumbing.runs import adamw, new_parser, pick_device, positive, provenance, 
 from sample import draw, load_model  # noqa: E402
 from unet import ddim_timesteps  # noqa: E402
 
-MEANS = ("none", "one", "steps")
 RATE = train.RATES["s_x"] / 10                       # of m; both have the unit of x
 
 
 @torch.no_grad()
-def give_means(student, teacher, walks, each):
-    """Give each rotated layer the mean of the float model's inputs, of each step or of all; calibrate once more.
-
-    Returns the means, (S, C) or (1, C) a layer.
-    """
+def give_means(student, teacher, walks):
+    """Give each rotated layer the mean of the float model's inputs, and calibrate once more. Returns the means, (C,)."""
     twins, sums, rotated = dict(teacher.named_modules()), {}, {
         name: m for name, m in student.named_modules() if isinstance(m, hqdm.HQLayer) and m.activations.symmetric}
 
@@ -39,59 +34,49 @@ def give_means(student, teacher, walks, each):
             sums.setdefault(name, []).append(layer.channels_last(args[0]).flatten(0, -2).mean(0))
         return twins[name].register_forward_pre_hook(look)
     hooks, inputs = [look_at(*item) for item in rotated.items()], [(x, t, y) for x, t, y, _ in walks]
-    for args in inputs:                              # a step each
+    for args in inputs:
         teacher(*args)
     for hook in hooks:
         hook.remove()
     for name, layer in rotated.items():
-        m = torch.stack(sums[name])
-        shift(layer, torch.nn.Parameter(m if each else m.mean(0, keepdim=True)))
-    teacher.hqdm_timesteps = student.hqdm_timesteps          # so that shifted layers know the step in the teacher's calls
-    hooks = [teacher.register_forward_pre_hook(hqdm._enter, with_kwargs=True), teacher.register_forward_hook(hqdm._leave)]
+        shift(layer, torch.nn.Parameter(torch.stack(sums[name]).mean(0)))
     hqdm.calibrate(student, teacher, inputs)
-    for hook in hooks:
-        hook.remove()
-    del teacher.hqdm_timesteps
     return [layer.mean for layer in rotated.values()]
 
 
-def shift(layer, means):
+def shift(layer, m):
     """Let a layer round x - m, and add what its weight makes of m."""
-    layer.mean, plain = means, layer.channels_last
-
-    def m():                                         # (B, C) of each sample's step, or (1, C)
-        return means if len(means) == 1 else hqdm._calls.steps[-1][1].to(means.device) @ means
-
-    def less(x):
-        return x - m().view(-1, *[1] * (x.ndim - 2), x.shape[-1])
+    layer.mean, plain = m, layer.channels_last
 
     def makes_up(_, args, y):
         q_w, s_w = layer.weights()
         w = q_w * s_w.view(-1, *[1] * (q_w.ndim - 1))
         if q_w.ndim == 2:
-            return y + F.linear(m(), w).view(-1, *[1] * (y.ndim - 2), y.shape[-1])
-        image = m()[..., None, None].expand(-1, -1, *args[0].shape[2:])
+            return y + F.linear(m, w)
+        image = m.view(1, -1, 1, 1).expand(1, -1, *args[0].shape[2:])
         return y + F.conv2d(image, w, stride=layer.stride, padding=layer.padding)
-    layer.channels_last = lambda x: less(plain(x))   # what calibrate looks at, and what a convolution starts with
+    layer.channels_last = lambda x: plain(x) - m     # what calibrate looks at, and what a convolution starts with
     if isinstance(layer, hqdm.HQLinear):
-        layer.register_forward_pre_hook(lambda _, args: (less(args[0]),))
+        layer.register_forward_pre_hook(lambda _, args: (args[0] - m,))
     layer.register_forward_hook(makes_up)
 
 
 def run_row(seed, means, args, teacher, score_of):
-    """Train as `python train.py --wbits 4 --abits 3 --grid midrise` does, with such means; draw and score."""
+    """Train as `python train.py --wbits 4 --abits 3 --grid midrise` does, with means or without; draw and score."""
     device, times = next(teacher.parameters()).device, tuple(ddim_timesteps(args.ddim_steps).tolist())
     torch.manual_seed(seed)
     walks = train.trajectories(teacher, min(32, args.n), len(times), seed + 1_000_000)
     student = train.quantized_copy(teacher, hqdm.Scheme(4, 3, grid="midrise", timesteps=times), walks)
-    groups = [] if means == "none" else [{"params": give_means(student, teacher, walks, means == "steps"), "lr": RATE}]
+    groups = [{"params": give_means(student, teacher, walks), "lr": RATE}] if means else []
     optimizer = adamw([*train.parameter_groups(student), *groups], device)
     carousel = train.Carousel(teacher, args.batch * train.WALKS, times, seed + 3_000_000, own=True)
     batches = carousel.batches(args.batch, args.steps, seed)
     for _ in train.distil(student, optimizer, batches, args.steps, 0, EQUAL["balance"], carousel.advance):
         pass
     scores = score_of(*draw(student, args.n, args.ddim_steps), args.ddim_steps)
-    return {"seed": seed, "means": means, "steps": args.steps, "batch": args.batch, **scores, **provenance({}, device, 0)}
+    made = provenance({}, device, 0)
+    return {"seed": seed, "means": means, "steps": args.steps, "batch": args.batch, **scores,
+            **{k: made[k] for k in ("command", "hardware", "torch", "date")}}
 
 
 def main():
@@ -107,7 +92,7 @@ def main():
     teacher = load_model(TEACHER, pick_device(args.device)).requires_grad_(False)
     score_of = Scorer(teacher, args.n)
     for seed in args.seeds:
-        for means in MEANS:
+        for means in (False, True):
             row = run_row(seed, means, args, teacher, score_of)
             rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
             rows = [r for r in rows if (r["seed"], r["means"]) != (seed, means)] + [row]

@@ -28,6 +28,7 @@ from unet import UNet, ddim, ddim_timesteps
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import grid  # noqa: E402
+import means  # noqa: E402
 
 BIN = sample.CHECKPOINTS / "cifar10-300.bin"
 TIMES = tuple(ddim_timesteps(3).tolist())
@@ -985,6 +986,24 @@ def test_the_grid_is_run_scored_and_gone_on_with(small, teacher_file, tmp_path, 
     (tmp_path / "r.json").write_text(json.dumps(results))
     with pytest.raises(ValueError, match="take it out first"):
         run()
+
+
+def test_a_layer_with_a_mean():
+    """means.py: at x = m alone the map remains, a convolution of m by w_hat; elsewhere the layer is the float one, rounded finer."""
+    torch.manual_seed(0)
+    for plain, quantized, shape in ((torch.nn.Conv2d(32, 8, 3, 2, 1), hqdm.HQConv2d, (2, 32, 5, 7)), (torch.nn.Linear(32, 8), hqdm.HQLinear, (2, 3, 32))):
+        layer, m, x = quantized(plain, hqdm.Scheme(8, 8)), torch.randn(32), torch.randn(shape) / 9
+        of_m = m.view(1, -1, 1, 1).expand(shape) if len(shape) == 4 else m.expand(shape)
+        hqdm.fit_scale(layer.activations, layer.channels_last(x + of_m))
+        coarse = (layer(x + of_m) - plain(x + of_m)).norm()
+        means.shift(layer, torch.nn.Parameter(m))
+        hqdm.fit_scale(layer.activations, layer.channels_last(x + of_m))
+        q_w, s_w = layer.weights()
+        w_hat = (q_w.flatten(1) * s_w).view(q_w.shape)
+        with torch.no_grad():
+            plain.weight.copy_(w_hat)
+        assert_close(layer(of_m), plain(of_m), rtol=1e-5, atol=1e-5)
+        assert (layer(x + of_m) - plain(x + of_m)).norm() < coarse / 3
 
 
 def test_fine_detail_lost_moved_and_added():

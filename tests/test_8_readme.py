@@ -223,7 +223,7 @@ def test_what_the_pages_say_of_earlier_runs():
     bench = table.read("bench.json")
     speed = {r["batch"]: r for r in bench["h200"]["parts"]["training"] if r["what"].startswith("ours")}
     assert speed[512]["images_per_s"] < 20_000 < speed[1024]["images_per_s"]                     # the goal is for 512
-    assert 0.25 < (2 * speed[512]["ms"] - speed[1024]["ms"]) / speed[512]["ms"] < 0.33           # what does not grow
+    assert 0.2 < (2 * speed[512]["ms"] - speed[1024]["ms"]) / speed[512]["ms"] < 0.3            # what does not grow
 
 
 def test_legend_names_exist():
