@@ -379,10 +379,10 @@ class _Quantize(torch.autograd.Function):
         x, s, z = ctx.saved_tensors
         tiles = triton.cdiv(ctx.args[0], 4096)
         gx, gs = torch.empty_like(x), s.new_empty(len(x), tiles)
-        gz = None if z is None else s.new_empty(len(x), tiles)
+        gz = s.new_empty(len(x), tiles) if ctx.needs_input_grad[2] else None         # z of weights is not trained
         if x.numel():
             _quantize_kernel[(len(x) * tiles,)](x, s, z, gx, *ctx.args, g.contiguous(), gs, gz, enable_fp_fusion=False)
-        return gx, gs.sum(1), None if z is None else gz.sum(1), None, None, None
+        return gx, gs.sum(1), None if gz is None else gz.sum(1), None, None, None
 
 
 @has_kernel("scale_and_bias", lambda acc, scales: on_triton(acc) and acc.dtype == torch.float32)
@@ -404,7 +404,8 @@ class _Scale(torch.autograd.Function):
         sums = s_x.new_empty(len(acc), triton.cdiv(n, 64), len(s_w))
         out = _scale(acc, s_x, s_w, None, g.contiguous(), sums)
         sums = sums.sum(1)                           # (B, C): sums of g * acc over a sample's pixels
-        return out, (sums * s_w).sum(1), (sums * s_x[:, None]).sum(0), None
+        with full_float32(g.device):                 # somebody's backward may run in autocast
+            return out, sums @ s_w, s_x @ sums, None
 
 
 def _scale(acc, s_x, s_w, bias, *back):
