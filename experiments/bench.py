@@ -366,7 +366,7 @@ class Compiled(torch.nn.Module):
 def sampling(device, quick):
     """Rows of part `sampling`: pictures a second at 50 DDIM steps, of the bundled float, none and single models.
 
-    A GPU draws four batches; "alone": one, of which the recording of a step is a good part.
+    A GPU draws four batches; "alone": one, with the same start, of a step as written and one that is recorded.
     """
     n, batch, steps = (16, 16, 5) if quick else (2000, 500, 50)      # a step costs the same at each t: a CPU times 5
     runs, memory, counts = {}, {}, {}

@@ -6,6 +6,7 @@
 tune      three kinds at W4A3: balance of the loss, rates, whose walks; on a seed that no other part has
 headline  none, double, single, single midrise at W4A3 and W4A4, three seeds, equal updates
 updates   none and single, both grids, at W4A3, one seed, after 1 to 4,000 updates instead
+balance   none and single at W4A3 and W4A4, three seeds, at a balance of 0.5, where tune found none best
 side      one seed each: blocks, rank, batch 32, bits, double on a midrise grid; models of 10, 20 (both walks) and 100 DDIM steps
 paper     the paper's own recipe, whose baseline has zero points that are not searched; each recipe with the other's
 spoil     no training: the float model draws the first k of 50 steps, W4A3 the others; and the other way round
@@ -52,15 +53,15 @@ BITS = {"w4a3": dict(wbits=4, abits=3), "w4a4": dict(wbits=4, abits=4)}
 EQUAL = dict(steps=1000, balance=0.75, walks="student")          # unless a row says otherwise: by walks.json
 TUNED = 100                                          # the seed of tune
 PICTURES = 10_000                                    # scored; of another number, -n, is said in a row's name
-PARTS = ("tune", "headline", "updates", "side", "paper", "spoil", "clamp", "cost")
-TRAININGS = ("tune", "headline", "updates", "side", "paper", "cost")
+PARTS = ("tune", "headline", "balance", "updates", "side", "paper", "spoil", "clamp", "cost")
+TRAININGS = ("tune", "headline", "balance", "updates", "side", "paper", "cost")
 SAID = ("c_fid", "c_is", "psnr", "brightness", "contrast", "seconds", "peak_gib")         # of a row, when it is made
 PAPER_RATES = {"lora": 1 / 2500, "s_w": 1e-6, "s_x": 5e-4, "z_x": 5e-4}
 
 
 def rows_of(part):
-    """The rows of a part: options of train.py; and "paper": with the paper's rates; "searched": its zero points, by
-    default where a row is not the paper's. EfficientDM shrinks both ends of a range together.
+    """The rows of a part: options of train.py; and "paper": with the paper's rates; "searched": False: with EfficientDM's
+    zero points, for which both ends of a range shrink together.
     """
     w4a3, one = BITS["w4a3"], {**BITS["w4a3"], **EQUAL, "seed": 0}
     if part == "tune":
@@ -71,6 +72,9 @@ def rows_of(part):
     if part == "headline":
         return [{**bits, **kind, **EQUAL, "seed": seed}
                 for seed in range(3) for bits in BITS.values() for kind in KINDS.values()]
+    if part == "balance":
+        return [{**bits, **KINDS[kind], **EQUAL, "balance": 0.5, "seed": seed}
+                for seed in range(3) for bits in BITS.values() for kind in ("none", "single")]
     if part == "updates":
         return [{**one, **KINDS[kind], "steps": steps} for steps in (1, 100, 300, 4000) for kind in ("none", "single", "midrise")]
     if part == "cost":
@@ -85,7 +89,7 @@ def rows_of(part):
                  for kind in ("none", "single")]
         return [{**one, **KINDS["double"], "grid": "midrise"}, *shapes, *bits, *times]
     recipe = {**w4a3, "seed": 0, "order": "trajectory", "walks": "teacher", "batch": 2, "steps": 16_000, "balance": 0.0,
-              "ddim_steps": 100, "paper": True}
+              "ddim_steps": 100, "paper": True, "searched": False}
     return [*({**recipe, **KINDS[kind]} for kind in ("none", "double", "single")),
             {**recipe, **KINDS["none"], "searched": True}, {**one, **KINDS["none"], "searched": False}]
 
@@ -177,7 +181,7 @@ def run_row(row, device, score_of):
         try:
             train.RATES.update(PAPER_RATES if row.get("paper") else {})
             train.untrained_pictures = float_pictures
-            with searched(row.get("searched", not row.get("paper"))):
+            with searched(row.get("searched", True)):
                 train.main([*argv, *["--resume"] * (out / "last.pt").is_file()])
         finally:
             train.RATES.update(rates)

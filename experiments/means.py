@@ -3,7 +3,7 @@
     python experiments/means.py --seeds 100 101 102     # mid-rise grid; rows of other seeds are kept
 
 m is one vector a layer for all t: H m is the mean of the rotated channels, at first that of the float model's walks.
-conv(m, w_hat) is fixed, and differs from a bias at the borders only. All else is as in the headline rows of grid.py.
+conv(m, w_hat) does not depend on x, and differs from a bias at the borders only. Trained as grid.py's headline rows.
 """
 import json
 import sys

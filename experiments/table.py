@@ -198,7 +198,7 @@ def findings():
             f"together, {old['eps_error']:.4f} (untrained {old['eps_error_untrained']:.4f}), with zero points that learn sixteen times "
             f"as fast {quick['eps_error']:.4f}; our none, with searched zero points, {ours['eps_error']:.4f} "
             f"({ours['eps_error_untrained']:.4f}); single {best:.4f}. Against the usual baseline H looks large; against ours single is "
-            f"behind in this error, and ahead in the scores above.\n")
+            f"behind in this error, and ahead in the scores above. After ten times as many updates of ours scores hardly show whose zero points none had.\n")
 
 
 def exact():
@@ -256,16 +256,20 @@ def speed():
     larger = next(r for r in gpu["parts"]["training"] if r["batch"] == 1024)
     one, two = (f"{r['images_per_s']:,.0f}" for r in h100["parts"]["scaling"] if r["images_per_s"])
     float_drawn = gpu["parts"]["sampling"][0]
+
+    def start(what):                                 # of n batches at once and of one alone: what each draw takes once
+        n, whole, alone = float_drawn["pictures"] / 500, of(gpu, "sampling", "ms", what), of(gpu, "sampling", "ms", f"{what}, alone")
+        return (n * alone - whole) / (n - 1) / alone
     step = {r["what"]: r for r in read("steps.json")["cuda"]["rows"]}
     goals = [("what, on an NVIDIA H200 unless said", "before", "now", "goal", ""),
              goal("one step, W4A3, integer against float, batch 500, times as fast (`steps.json`)", "step", 1.5,
                   before={"step": step["W4A3, integer, before"]["float"] / step["W4A3, integer, before"]["ms"]}, now={"step": step["float"]["ms"] / step["W4A3, integer"]["ms"]}),
              goal(f"pictures a second, W4A3, integer against float, {float_drawn['pictures']:,} in batches of 500", "integer_vs_float_sampling", 1.5),
-             goal("the same, 500 alone: a good part of that is the recording of a step", "integer_vs_float_alone", before={"integer_vs_float_alone": o["integer_vs_float_sampling"]}),
+             goal(f"the same, 500 alone, whose start takes {start('float'):.0%} of float's time and {start('w4a3-single, integer B'):.0%} of integers'", "integer_vs_float_alone", before={"integer_vs_float_alone": o["integer_vs_float_sampling"]}),
              goal(f"{float_drawn['pictures']:,} pictures, against float in bf16, compiled", "integer_vs_bf16_sampling", 1.0),
              goal(f"pictures a second against float, on 2 CPU cores, batch {cpu['parts']['sampling'][0]['batch']} (before: {cpu_old['parts']['sampling'][0]['batch']})",
                   "integer_vs_float_sampling", 1.0, before=cpu_old["figures"], now=c),
-             *(goal(f"one quantized update / one float update, batch {b}", f"qat_update_ratio_b{b}", most=1.2, before=o) for b in (128, 512)),
+             *(goal(f"one quantized update, of the slowest rotation / one float update, batch {b}", f"qat_update_ratio_b{b}", most=1.2, before=o) for b in (128, 512)),
              goal(f"float training, images a second, batch 512 (1,024: {larger['images_per_s']:,.0f})", "float_images_per_s", 20_000, before=o),
              goal("GiB of W4A3 training, batch 128", "peak_gib", most=12, now=costs[128]), goal("GiB of integer sampling, 64 pictures", "integer_64_gib")]
     dated = ", ".join(f"{part} {made['date']}" for part, made in gpu["provenance"].items())
@@ -288,18 +292,21 @@ def speed():
     def lines(rows):
         made = [f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows]
         return "\n".join([made[0], "|" + "---|" * len(rows[0]), *made[1:]])
-    (now, now_large), (then, _) = ([(of(entry, "update", "ms", "float", batch=b), of(entry, "update", "ms", "single", batch=b)) for b in (128, 512)] for entry in (gpu, old))
+    slow = max(("none", "double", "single"), key=lambda rotation: of(gpu, "update", "ms", rotation, batch=128))
+    (now, now_large), (then, _) = ([[of(entry, "update", "ms", what, batch=b) for what in ("float", slow)] for b in (128, 512)] for entry in (gpu, old))
     more, more_large = now[1] - now[0], now_large[1] - now_large[0]
     fixed = more - (more_large - more) / 3           # of a + b * batch, at 128 and four times that
     half, whole = (of(gpu, "sampling", "ms", what) / float_drawn["pictures"] * 10 for what in ("float, bf16, compiled", "w4a3-single, integer B"))      # a step of 500
-    if not now[1] < then[1] or now[0] / then[0] > now[1] / then[1] or fixed < more / 2:
-        raise ValueError("what is said of updates holds no more: write it anew")
-    missed = (f"**Missed.** An update at batch 128: float takes {now[0]:.1f} ms (before {then[0]:.1f}), single {now[1]:.1f} ({then[1]:.1f}), so both are faster, and the float one by more. Of the {more:.1f} ms between them {fixed:.1f} are the same "
-              f"at any batch ({more_large:.1f} ms at 512): small kernels, layer by layer, that round weights, add LoRA, look scales up, and lead gradients to all these. Against bf16: a step of 500 takes {half:.1f} ms compiled in bf16, "
-              f"{whole:.1f} in integers. Between layers these keep float32, as the fake-quantized network does whose bits they must have, and attention and norms compute in it; the figure below shows each. "
-              f"Float training at 512 is near, and at 1,024 there: what a step takes whatever its batch is the rest.\n\n")
-    return (f"{lines(goals)}\n\nBefore: the code before `plumbing/blocks.py`; pictures and updates on the H200 are of {old['provenance']['sampling']['date']}, on the CPU of {cpu_old['provenance']['sampling']['date']}. "
-            f"On an H100, {h100['provenance']['update']['date']}, 500 pictures alone: update ratio {slowest(h100['figures'], (128, 512))}; pictures a second {rates(h100)}; H x {h100['figures']['hadamard_fraction_of_copy']:.2f} of a copy's speed; "
+    training = next(r for r in gpu["parts"]["training"] if r["batch"] == 512)
+    if (g["integer_vs_bf16_sampling"] > 1 or not g["qat_update_ratio_b512"] <= 1.2 < g["qat_update_ratio_b128"] or g["float_images_per_s"] > 20_000
+            or sum(row[-1] == "missed" for row in goals) != 3 or fixed < more / 2):
+        raise ValueError("what is said of missed goals of speed holds no more: write it anew")
+    missed = (f"**Missed.** An update at batch 128: float takes {now[0]:.1f} ms, {1 - now[0] / then[0]:.0%} less than before, {slow} {now[1]:.1f}, {1 - now[1] / then[1]:.0%} less. Between them lie {more:.1f} ms, at 512 {more_large:.1f}: by a straight line "
+              f"through both {fixed:.1f} do not grow with the batch. We think these are small kernels, layer by layer, that round weights, add LoRA, look scales up and lead gradients back. Against bf16: a step of 500 takes {half:.1f} ms compiled in bf16, {whole:.1f} in "
+              f"integers. Between layers these keep float32, as the fake-quantized network does, whose bits they must have, and attention and norms compute in it; the figure below shows what is spent on what. Float training is short by {1 - g['float_images_per_s'] / 20_000:.0%} "
+              f"at 512, and not at 1,024, for {2 - larger['ms'] / training['ms']:.0%} of a step at 512 do not grow with the batch.\n\n")
+    return (f"{lines(goals)}\n\nBefore: the code before `plumbing/blocks.py`; on the H200 all but the step is of {old['provenance']['sampling']['date']}, on the CPU of {cpu_old['provenance']['sampling']['date']}. "
+            f"On an H100, {h100['provenance']['update']['date']}: update ratio {slowest(h100['figures'], (128, 512))}; pictures a second, 500 alone, {rates(h100)}; H x {h100['figures']['hadamard_fraction_of_copy']:.2f} of a copy's speed; "
             f"float training {h100['figures']['float_images_per_s']:,.0f} images a second.\n\n{missed}{lines(rows)}\n\n"
             f"The H200's parts are of: {dated}. Other libraries were measured on {old['provenance']['training']['date']}, beside our training of then.\n")
 

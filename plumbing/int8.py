@@ -160,7 +160,7 @@ def for_triton(q_w):
     """A weight for Triton: int8 (1 or 2 digits, O, kh, kw, C' = C and zeros to a multiple of 16); middle (O,) or None.
 
     q_w - z of 8 bits are 256 integers in a row, but not -128 .. 127: less the middle of those of their output they fit.
-    Others, and all in a CUDA graph, where nobody may look, are two digits: the low seven bits, and what is above.
+    Others, and what is made in a CUDA graph, where nobody may look, are two digits: the low seven bits, and the rest.
     """
     w, middle = rearrange(q_w, "O C kh kw -> O kh kw C"), None
     digits = [w] if w.dtype == torch.int8 else [w & 127, w >> 7]

@@ -930,7 +930,7 @@ def test_two_processes_share_one_batch(kind, teacher_file, tmp_path):
 
 def test_the_declared_grid():
     """Every row is a command that train.py takes; names differ; updates are equal; tuned is on a seed of its own."""
-    rows = {part: grid.rows_of(part) for part in ("tune", "headline", "updates", "side", "paper", "cost")}
+    rows = {part: grid.rows_of(part) for part in ("tune", "headline", "balance", "updates", "side", "paper", "cost")}
     names = [grid.name_of(row) for part in rows for row in rows[part] if part != "cost"]
     assert len(set(names)) == len(names) and len(rows["headline"]) == 4 * 2 * 3
     for row in (row for part in rows.values() for row in part):
@@ -945,7 +945,7 @@ def test_the_grid_is_run_scored_and_gone_on_with(small, teacher_file, tmp_path, 
     """A training a row, drawn in integers and scored against the float model; what results.json has is not run again."""
     row = {"wbits": 4, "abits": 3, "rotation": "single", "grid": "midrise", "block": 16, "rank": 4, "ddim_steps": 3, "steps": 2,
            "batch": 4, "balance": 0.5, "seed": 0}
-    rows = [row, {**row, "seed": 1, "paper": True}]
+    rows = [row, {**row, "seed": 1, "paper": True, "searched": False}]
     searched, asked = grid.searched, []
     monkeypatch.setattr(grid, "searched", lambda ends: asked.append(ends) or searched(ends))
     monkeypatch.setattr(grid, "rows_of", lambda part: rows)
@@ -975,7 +975,7 @@ def test_the_grid_is_run_scored_and_gone_on_with(small, teacher_file, tmp_path, 
     assert_close(mine["brightness"], (pictures.double() - reference.double()).mean().item())
     assert mine["command"] == " ".join(["python train.py", *grid.options_of(row)]) and mine["part"] == "headline"
     assert made[grid.name_of(rows[1])]["command"] == "python experiments/grid.py paper"      # train.py has other rates
-    assert asked == [False, True]                    # row 1 first: another process had row 0
+    assert asked == [False, True]                    # row 0 last: another process had it
     more = run(n="5")                                # other rows, of the same models
     assert {name for name in more if name not in made} == {f"{name}-n5" for name in made} and len(lora) == 2
     assert more["float-ddim-steps3-n5"]["n"] == 5 and {k: more[k] for k in made} == made
@@ -1004,6 +1004,28 @@ def test_a_layer_with_a_mean():
             plain.weight.copy_(w_hat)
         assert_close(layer(of_m), plain(of_m), rtol=1e-5, atol=1e-5)
         assert (layer(x + of_m) - plain(x + of_m)).norm() < coarse / 3
+
+
+def test_means_are_learned_or_not_there(teacher_file, tmp_path, monkeypatch):
+    """means.py as a whole: a row with and one without, of a seed; m starts at the inputs' mean and is trained."""
+    monkeypatch.setattr(grid, "RUNS", tmp_path)
+    monkeypatch.setattr(means, "TEACHER", teacher_file)
+    monkeypatch.setattr(means.hqdm, "Scheme", lambda *args, **more: SCHEME._replace(grid=more["grid"], timesteps=more["timesteps"]))
+    given, give, seen = [], means.give_means, []
+    def give_and_look(student, teacher, walks):
+        teacher.up[-1].rows[-1].res.conv2.register_forward_pre_hook(lambda _, args: seen.append(args[0].mean((0, 2, 3))))
+        made = give(student, teacher, walks)
+        layer = student.up[-1].rows[-1].res.conv2
+        assert_close(layer.mean.detach(), torch.stack(seen[:3]).mean(0))
+        return given.extend((m, m.detach().clone()) for m in made) or made
+    monkeypatch.setattr(means, "give_means", give_and_look)
+    monkeypatch.setattr(sys, "argv", ["means.py", "--seeds", "7", "--steps", "2", "--batch", "4", "--ddim-steps", "3", "-n", "4", "--device", "cpu",
+                                      "--out", str(tmp_path / "m.json")])
+    (tmp_path / "m.json").write_text('{"rows": [{"seed": 7, "means": true}]}')           # replaced
+    means.main()
+    rows = json.loads((tmp_path / "m.json").read_text())["rows"]
+    assert [(r["seed"], r["means"], r["n"]) for r in rows] == [(7, False, 4), (7, True, 4)] and rows[0]["c_fid"] != rows[1]["c_fid"]
+    assert given and all(not torch.equal(m.detach(), before) for m, before in given)
 
 
 def test_fine_detail_lost_moved_and_added():

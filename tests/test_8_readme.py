@@ -167,7 +167,8 @@ def test_means_deviations_and_goals_of_the_experiment():
     with pytest.raises(ValueError, match="holds no more"):                   # a finding that is none any more
         more = [*rows("double", (16, 17, 18), (7.6, 7.7, 7.8)), *({**r, "abits": 4} for r in made[1:]),
                 *({**r, "abits": 4} for r in rows("double", (16, 17, 18), (7.6, 7.7, 7.8)))]
-        results.finding([*made, *more])
+        tried = [{**r, "part": "tune", "walks": walks} for walks in ("teacher", "student") for r in made[-1:]]
+        results.finding([*made, *more, *tried])
     assert results.headline(made, {(3, "single")}).count("| W4A3 ") == 1
     cost = [{**made[4], "part": "cost", "batch": batch, "seconds": s, "peak_gib": gib} for batch, s, gib in ((32, 90, 2.0), (128, 150, 6.25))]
     assert results.costs([*made, *cost, {**made[4], "part": "side", "batch": 32, "c_fid": 21.0}]) == (
