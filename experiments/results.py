@@ -102,7 +102,7 @@ def finding(rows):
     recipe, recipe_fid = ({name: r[key] for name, r in recipes(rows).items()} for key in ("c_is", "c_fid"))
     four = [mean(r["c_fid"] for r in seeds) for (abits, _), seeds in found.items() if abits == 4]
     shares = [f"{fid(k) / top['c_fid']:.1f} times float's C-FID and {mean(r['c_is'] for r in found[3, k]) / top['c_is']:.1%} of its C-IS" for k in ("single", "midrise")]
-    return (f"- **Does H help?** At W4A3 single beats none by {spread(lower(3, 'single', 'none'))} in C-FID (differences of the three seeds); C-IS does not tell them apart. It helps most in the first hundred updates: after "
+    return (f"- **Does H help?** At W4A3 single beats none by {spread(lower(3, 'single', 'none'))} in C-FID (differences of the three seeds); C-IS does not tell them apart, and some of the lead may be the setting's (Tuning, [there](experiments/README.md#tuning)). It helps most in the first hundred updates: after "
             f"{', '.join(f'{n:,}' for n in counts)} updates none's C-FID is {', '.join(f'{v:.1f}' for v in counts.values())} times single's (seed 0).\n"
             f"- **The grid**: all eight levels, mid-rise, beat single's seven by {spread(lower(3, 'midrise', 'single'))}, and none, which has eight, too, by {spread(lower(3, 'midrise', 'none'))}. At W4A4 all kinds lie between {min(four):.1f} and {max(four):.1f}.\n"
             f"- **To rotate the weights, too, does no harm here**, unlike in the paper: double is not told apart from single at W4A3, and at W4A4 ahead in every seed, by {spread(lower(4, 'double', 'single'))}.\n"
@@ -294,11 +294,11 @@ def paper(rows):
     if (not none["c_is"] + gap / 2 < searched["c_is"] < single["c_is"] - gap / 5 or single["c_fid"] < double["c_fid"] - 1
             or abs(unsearched["c_fid"] - mean(r["c_fid"] for r in plain)) > 2 * stdev([r["c_fid"] for r in plain])):
         raise ValueError("what is said of the paper's recipe holds no more: write it anew")
-    return (f"**The paper's own recipe** ({none['steps']:,} updates of batch {none['batch']} in the order of the walk, the paper's rates, {none['ddim_steps']} "
-            f"steps, a plain mean; the baseline's zero points as EfficientDM finds them: both ends of a range shrink together): C-IS of float "
+    return (f"### The paper's own recipe\n\n{none['steps']:,} updates of batch {none['batch']} in the order of the walk, the paper's rates, {none['ddim_steps']} "
+            f"steps, a plain mean; the baseline's zero points as EfficientDM finds them: both ends of a range shrink together. C-IS: float "
             f"{top['c_is']:.2f}, none {none['c_is']:.2f}, single {single['c_is']:.2f}, so single's is {single['c_is'] / none['c_is'] - 1:.0%} above none's. The paper "
             f"reports {CLAIMED} at W4A3 (+12.8% at W4A4) for LDM-4 on ImageNet at 256x256. So by this recipe the transform gains much here, too, if less. By ours, which "
-            f"differs in zero points, rates, order, batch, updates and whose walks, and with as many steps, it gains little: none {ours['none']['c_is']:.2f}, single {ours['single']['c_is']:.2f}. "
+            f"differs in zero points, rates, order, batch, updates and whose walks, and with as many steps, it gains little: none {ours['none']['c_is']:.2f}, single {ours['single']['c_is']:.2f}.\n\n"
             f"**Most of the recipe's gap comes from the baseline's zero points.** Where each end shrinks alone, too, as in ours, and all else is the paper's, none has C-IS {searched['c_is']:.2f} and C-FID {searched['c_fid']:.1f} instead of "
             f"{none['c_is']:.2f} and {none['c_fid']:.1f}; single has {single['c_is']:.2f} and {single['c_fid']:.1f}, its C-IS is {single['c_is'] / searched['c_is'] - 1:.0%} above. By our recipe they hardly show: with both ends together none has "
             f"{unsearched['c_is']:.2f} and {unsearched['c_fid']:.1f} instead of {plain[0]['c_is']:.2f} and {plain[0]['c_fid']:.1f} (seed {plain[0]['seed']}, {plain[0]['ddim_steps']} steps), though PSNR is {unsearched['psnr']:.1f} instead of {plain[0]['psnr']:.1f} dB. "
@@ -315,7 +315,7 @@ def updates(rows):
     if set(sorted(ratios)[-2:]) != set(ratios[:2]) or min(ratios) < 0.99 or not all(rose):
         raise ValueError("what is said of the updates holds no more: write it anew")
     fids = "; ".join(f"{KINDS[k]} {made[k, short]['c_fid']:.1f} and {made[k, long]['c_fid']:.1f}" for k in ("none", "single", "midrise"))
-    return (f"![C-FID, C-IS and PSNR against the number of updates](updates.png)\n**When does H matter?** Most at the beginning of training: after "
+    return (f"### When does H matter?\n\n![C-FID, C-IS and PSNR against the number of updates](updates.png)\nMost at the beginning of training: after "
             f"{', '.join(f'{n:,}' for n in counts)} updates none's C-FID is {', '.join(f'{r:.2f}' for r in ratios)} times single's (W4A3, seed {PLAIN['seed']}). "
             f"Mid-rise has {made['midrise', 100]['c_fid']:.1f} after a hundred. **More updates than {short:,} are no gain:** pictures come nearer to float's (PSNR), and C-FID gets worse, {fids} after {short:,} and {long:,}: "
             f"own walks drift from the teacher's, and what they leave open of its picture is learned as a mean, which may be why.\n")
@@ -328,7 +328,7 @@ def spoiled(rows):
     steps, early, late, worst = alone["ddim_steps"], made[False, 20], made[True, 30], made[False, 45]
     if not (worst["c_fid"] > alone["c_fid"] > late["c_fid"] > early["c_fid"] + 1 and abs(early["psnr"] - late["psnr"]) < 2 and worst["fine_power"] > 1.1):
         raise ValueError("what is said of the steps holds no more: write it anew")
-    return (f"![C-FID and PSNR where one network draws the first steps and another the rest](spoil.png)\n**Which steps spoil the picture?** W4A3 (single, mid-rise) for the "
+    return (f"### Which steps spoil the picture?\n\n![C-FID and PSNR where one network draws the first steps and another the rest](spoil.png)\nW4A3 (single, mid-rise) for the "
             f"first {early['k']} of {steps} steps, float for the rest: C-FID {early['c_fid']:.1f}, PSNR {early['psnr']:.1f} dB. W4A3 for the last {steps - late['k']} alone: "
             f"{late['c_fid']:.1f} and {late['psnr']:.1f}. So early steps move the picture as much as late ones do, and it is the late ones that cost C-FID. And float for the last {steps - worst['k']} steps is *worse* "
             f"than W4A3 all the way: {worst['c_fid']:.1f} against {alone['c_fid']:.1f}, with {worst['fine_power']:.2f} times float's power at fine scales. That fits "

@@ -60,13 +60,13 @@ def experiment():
     rows, real = results.read(), read("real.json")["rows"]["test images"]
     first = results.of_part(rows, "headline")[0]
     return (f"{results.headline(rows)}\n± is one standard deviation of the seeds. {real['n']:,} real test images get C-FID {real['c_fid']:.1f}, C-IS {real['c_is']:.2f} "
-            f"and class accuracy {real['accuracy']:.1%} (`real.json`).\n\n**Goals, which we set beforehand, met and missed:**\n\n{results.goals(rows)}\n{results.pairs(rows)}\n"
-            f"**The student's own walks.** On the teacher's walks it never sees what its own rounding errors add up to. Now its batches are x_t of its own walks, "
+            f"and class accuracy {real['accuracy']:.1%} (`real.json`).\n\n### Goals, which we set beforehand\n\n{results.goals(rows)}\n{results.pairs(rows)}\n"
+            f"### The student's own walks\n\nOn the teacher's walks a student never sees what its own rounding errors add up to. Now its batches are x_t of its own walks, "
             f"and the target leads from there to the teacher's picture. Tried on seeds that are not reported:\n\n{results.walks()}\n"
             f"{WALKS} walks for each image of a batch and balance {first['balance']:g} are what train.py has, though so many were tried on the mid-rise grid alone. With more walks "
             f"each goes on more seldom: of a run of {first['steps']:,} updates most is over when walks arrive that were the student's from the first step on. That may be why they help.\n\n"
-            f"**Tuning**: the main rows have one setting for all kinds. Tried alike for three of them, {WALKS} walks an image:\n\n{results.tune(rows)}\n"
-            f"**One change at a time**, W4A3:\n\n{results.side(rows)}\n{results.changes(rows)}\n{results.means()}\n{results.spaced(rows)}\n{results.paper(rows)}\n{results.updates(rows)}\n"
+            f"### Tuning\n\nThe main rows have one setting for all kinds. Tried alike for three of them, {WALKS} walks an image:\n\n{results.tune(rows)}\n"
+            f"### One change at a time, W4A3\n\n{results.side(rows)}\n{results.changes(rows)}\n{results.means()}\n{results.spaced(rows)}\n{results.paper(rows)}\n{results.updates(rows)}\n"
             f"{results.spoiled(rows)}\n{results.clamped(rows)}")
 
 
