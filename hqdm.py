@@ -552,14 +552,14 @@ def _leave(network, *_):                             # comes after an error, too
 
 
 def _keep_nan(network, args, kwargs, y):
-    """A network's hook: integers have no NaN, so in integer mode a sample that came with one gets it here.
+    """A network's hook: integers have no NaN and no infinity, so a sample that came with one gets NaN here.
 
-    One that arises between two layers of a network becomes a number there.
+    One that arises between two layers becomes a number there. Outputs other than a tensor stay as they are.
     """
-    if torch.is_tensor(y) and y.is_floating_point() and y.ndim > 0 and any(layer.integer for layer in layers(network)):
+    if torch.is_tensor(y) and y.is_floating_point() and y.ndim > 0:
         for x in (*args, *kwargs.values()):
-            if torch.is_tensor(x) and x.ndim > 1 and len(x) == len(y):
-                y = torch.where(x.isnan().flatten(1).any(1).view(-1, *[1] * (y.ndim - 1)), math.nan, y)
+            if torch.is_tensor(x) and x.is_floating_point() and x.ndim > 1 and len(x) == len(y):
+                y = torch.where(x.isfinite().flatten(1).all(1).view(-1, *[1] * (y.ndim - 1)), y, math.nan)
     return y
 
 
@@ -586,7 +586,8 @@ def at_step(values, batch):
     if len(values) == 1:
         return values.expand(batch)
     if not _calls.steps:
-        raise RuntimeError("which DDIM step is this? call the layer through its network, or in hqdm.at(t, timesteps)")
+        raise RuntimeError("which DDIM step is this? call the layer through its network (torch.compile does not see "
+                           "which that is), or in hqdm.at(t, timesteps)")
     steps = _calls.steps[-1][1].to(values.device)    # (B, S)
     if len(steps) not in (1, batch) or steps.shape[1] != len(values):
         raise RuntimeError(f"t has {len(steps)} samples, {steps.shape[1]} steps; this layer {batch} and {len(values)}")
@@ -647,7 +648,7 @@ def check_calibrated(quantizer):
     if quantizer.log_s_x.dtype != torch.float32:
         raise TypeError(f"quantized layers compute in float32, not {quantizer.log_s_x.dtype} (inputs may have any): "
                         "call network.float(), and load the state_dict again, for its scales were rounded")
-    quantizer.calibrated = quantizer.calibrated or bool(quantizer.log_s_x.isfinite().all())
+    quantizer.calibrated = quantizer.calibrated or bool(quantizer.log_s_x.detach().isfinite().all())
     if not quantizer.calibrated:
         raise RuntimeError("activation scales are missing: calibrate the network first, or load a state_dict")
 
@@ -693,7 +694,7 @@ def calibrate(student, teacher, batches):
 # First and last layers and the resampling and skip convolutions get 8 bits: few bytes, and all later layers see
 # their error. On an 8-bit grid outliers do no harm, so none of them is rotated.
 EIGHT_BITS = {"time_mlp": "first layers (time)", "skip": "skip convolution", "resample": "resampling convolution"}
-MATRICES = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)
+MATRICES = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 
 
 def quantize_network(network, scheme=Scheme(), eight_bits=None, skip=(), packed=False):
@@ -701,16 +702,18 @@ def quantize_network(network, scheme=Scheme(), eight_bits=None, skip=(), packed=
 
     network: forward(x), or forward(x, t, ..) with t (B,) second; each sample takes the scales of the timestep nearest
     to its t. eight_bits: layers that get 8 bits and no rotation (first_and_last); skip: modules that stay in float: for
-    both see matches. packed: ready for load_state_dict of frozen integers. Raises ValueError, naming module and remedy,
+    both see chooser. packed: ready for load_state_dict of frozen integers. Raises ValueError, naming module and remedy,
     where something has no quantized form; the network is then as it was. Only the new layers are trained after it.
     """
-    if hasattr(network, "hqdm"):
-        raise ValueError("this network is quantized already; start from the float one")
+    if layers(network):
+        raise ValueError("this network, or a part of it, is quantized already; start from the float one")
     eight, rows, made = first_and_last(network) if eight_bits is None else eight_bits, [], {}
+    in_float, at_8_bits = chooser(network, skip), chooser(network, eight)
     for name, module in network.named_modules():
-        size = 4 * sum(p.numel() for p in module.parameters(recurse=False))
-        skipped, at_8 = matches(skip, name, module), matches(eight, name, module)
-        if isinstance(module, MATRICES) and not skipped:
+        skipped, at_8 = in_float(name, module), at_8_bits(name, module)
+        replaced = isinstance(module, MATRICES) and not skipped
+        size = 4 * sum(p.numel() for p in module.parameters(recurse=replaced))           # a weight norm's, too
+        if replaced:
             own = scheme._replace(wbits=8, abits=8, rotation="none", grid="midtread") if at_8 else scheme
             try:
                 made[name] = quantized_layer(network, name, own, packed)
@@ -721,7 +724,7 @@ def quantize_network(network, scheme=Scheme(), eight_bits=None, skip=(), packed=
             packed_bytes = sum(v.nbytes for v in twin.state_dict().values())
             grid, k = own.grid if own.rotation != "none" else "asymmetric", twin.activations.block
             rows.append((name, type(module).__name__, *own[:3], grid, k, note, twin.bound, size, packed_bytes))
-        elif size:
+        elif size and not any(name.startswith(f"{layer}.") for layer in made):
             why = "skip asked for it" if skipped else "a table" if isinstance(module, nn.Embedding) else "no matrix"
             rows.append((name, type(module).__name__, 32, 32, "none", "none", 1, f"float: {why}", 0, size, size))
     if not made:
@@ -786,11 +789,17 @@ def first_and_last(network):
             **{n: why for n in found for part, why in EIGHT_BITS.items() if part in n.split(".")}}
 
 
-def matches(which, name, module):
-    """Whether `which` means a module: names, of it or of what it is in, or a function (name, module) -> bool."""
+def chooser(network, which):
+    """A function (name, module) -> bool, or names of modules, for those and all in them, as a function.
+
+    ValueError for a name that no module has.
+    """
     if callable(which):
-        return which(name, module)
-    return any(f"{name}.".startswith(f"{part}.") for part in ([which] if isinstance(which, str) else which))
+        return which
+    which, names = [which] if isinstance(which, str) else [*which], [name for name, _ in network.named_modules()]
+    if unknown := [part for part in which if part not in names]:
+        raise ValueError(f"no module is called {unknown[0]!r}; choose from {', '.join(filter(None, names))}")
+    return lambda name, _: any(f"{name}.".startswith(f"{part}.") for part in which)
 
 
 def layers(model):

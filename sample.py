@@ -12,7 +12,9 @@ The scores come from a small CIFAR-10 classifier of our own (experiments/judge.p
 with each other, never with FID or IS of a paper. All noise is drawn on the CPU from --seed, image by image, so
 picture i starts from the same noise on every device, at every batch size and for every checkpoint.
 """
+import itertools
 import math
+import os
 import time
 from pathlib import Path
 
@@ -78,7 +80,7 @@ def noise_and_labels(n, seed=0, classes=10, label=None, size=32):
     """
     generator = torch.Generator().manual_seed(seed)
     noise = torch.stack([torch.randn(3, size, size, generator=generator) for _ in range(n)])
-    labels = torch.arange(n) % classes if label is None else torch.full((n,), label)
+    labels = torch.arange(n) % max(1, classes) if label is None else torch.full((n,), label)
     return noise, labels
 
 
@@ -95,7 +97,7 @@ def draw(model, n, steps=50, label=None, guidance=1.0, seed=0, batch=500, progre
     progress: called after every step with how many pictures' worth of work is done. Raises FloatingPointError where a
     picture is not finite (an extreme guidance; a quantized model's integers can hide a NaN: load_model refuses those).
     """
-    device = next(model.parameters()).device
+    device = next(itertools.chain(model.parameters(), model.buffers())).device
     size = getattr(model, "config", {}).get("size", 32)
     noise, labels = (v[rows] for v in noise_and_labels(n, seed, model.classes, label, size))
     pictures, net, modes = [], recorded(model, device), {m: m.training for m in model.modules()}
@@ -355,7 +357,7 @@ def parse(argv):
 
 
 def check(args):
-    """ValueError for bad values, and where a file to be written is a checkpoint, another target, or somebody else's."""
+    """ValueError for bad values, and where a file to be written is a checkpoint, another target, or cannot be."""
     if args.label not in [None, *CLASSES, "none"]:
         raise ValueError(f"--class {args.label} does not exist; choose from {', '.join(CLASSES)}, none")
     if len(set(args.checkpoints)) < len(args.checkpoints):
@@ -365,10 +367,12 @@ def check(args):
     png = None if args.png is None else Path(args.png)
     check_out(args.out, ".png"), check_out(args.npz, ".npz"), check_out(args.png if png and not png.is_dir() else None)
     scores = Path(args.out).with_suffix(".json")
-    if args.score and scores.exists() and (scores.is_dir() or '"scores"' not in scores.read_text()):
+    check_out(scores if args.score else None)
+    if args.score and scores.exists() and b'"scores"' not in scores.read_bytes():
         raise ValueError(f"{scores} is there and holds no scores; choose another --out")
-    if png and (args.png == "" or png.is_file() or png.is_dir() and any(png.iterdir())):
-        raise ValueError("--png takes a folder that is new or empty")
+    used = png and png.is_dir() and (any(png.iterdir()) or not os.access(png, os.W_OK))
+    if png and (args.png == "" or png.is_file() or used):
+        raise ValueError("--png takes a folder that is new or empty, and may be written to")
     files = [args.out, args.npz, args.png, *args.checkpoints, scores if args.score else None]
     files = [Path(f).resolve() for f in files if f is not None]
     if len(set(files)) < len(files):

@@ -201,6 +201,7 @@ def updater(optimizer, compute_loss, device):
     groups, cuda = optimizer.param_groups, device.type == "cuda"
     params = [p for group in groups for p in group["params"]]
     for group in groups:                             # a recorded step reads its rates from the GPU: a number would stay
+        group.setdefault("initial_lr", group["lr"])  # of an optimizer that adamw did not make
         group["lr"] = torch.tensor(group["initial_lr"], device=device) if cuda else group["initial_lr"]
         group["capturable"] = cuda                   # here, because the state of a run on another device may be loaded
 
@@ -382,7 +383,7 @@ def _open_folder(out, name, resume, locks):
         if not (folder / "last.pt").is_file():
             raise FileNotFoundError(f"nothing to resume in {folder}: it has no last.pt")
         locks.enter_context(lock(folder))
-        for part in folder.glob("*.tmp"):            # of a save that a kill cut off
+        for part in folder.glob("*.*.????????.tmp"):     # whole_file's, of a save that a kill cut off
             part.unlink()
         return folder
     if out and any((folder / f).exists() for f in FILES):
@@ -554,6 +555,7 @@ def stop_politely():
     main_thread = threading.current_thread() is threading.main_thread()      # elsewhere Python refuses to set handlers
     hangup = getattr(signal, "SIGHUP", signal.SIGTERM)           # a closed ssh session; Windows has none
     signals = (signal.SIGINT, signal.SIGTERM, hangup) if main_thread else ()
+    signals = [s for s in signals if signal.getsignal(s) != signal.SIG_IGN]      # nohup ignores hang-ups
     old = {s: signal.signal(s, lambda *_: stop.append(True)) for s in signals}
     try:
         yield stop

@@ -1,6 +1,7 @@
 """Integer arithmetic: the same accumulators as the fake-quantized layer, to the last bit."""
 import copy
 import gc
+import itertools
 import math
 import os
 import subprocess
@@ -379,15 +380,15 @@ def test_what_does_not_pack_is_refused():
 
 
 def test_a_nan_is_one_in_integers_too():
-    """Integers have no NaN: a sample that came with one leaves with one in both modes, the others as they were."""
+    """Integers have no NaN and no infinity: a sample that came with one leaves with NaN in both modes, the others as they were."""
     unet = tiny_unet()
     teacher = copy.deepcopy(unet)
     hqdm.quantize_network(unet, hqdm.Scheme(4, 3, timesteps=(9, 0)))
     x, t = torch.randn(2, 3, 32, 32), torch.tensor([9, 0])
     hqdm.calibrate(unet, teacher, [(x, torch.full((2,), s)) for s in (9, 0)])
     y = unet(x, t)
-    x[1, 0, 3, 3] = math.nan
-    for on in (False, True):
+    for bad, on in itertools.product((math.nan, math.inf, -math.inf), (False, True)):
+        x[1, 0, 3, 3] = bad
         hqdm.set_integer(unet, on)
         for out in (unet(x, t), unet(x=x, t=t)):
             assert out[1].isnan().all() and torch.equal(out[0], y[0])

@@ -121,8 +121,31 @@ def test_a_refused_network_is_left_as_it_was():
     x, t, y = some_input()
     assert not hqdm.layers(unet) and torch.equal(unet(x, t, y), small_unet()(x, t, y))
     hqdm.quantize_network(unet, SCHEME, packed=True)
-    with pytest.raises(ValueError, match="quantized already"):
-        hqdm.quantize_network(unet, SCHEME)
+    for net in (unet, torch.nn.Sequential(torch.nn.Linear(32, 32), unet)):
+        with pytest.raises(ValueError, match="quantized already"):
+            hqdm.quantize_network(net, SCHEME)
+
+
+@pytest.mark.parametrize("more", [dict(skip=["1", "layers.1"]), dict(eight_bits="layers.1"), dict(skip=iter(["layers.1"]))])
+def test_names_that_mean_nothing_are_refused(more):
+    """A name that no module has would leave a layer at bits that nobody asked for; names may come in any collection."""
+    net = torch.nn.Sequential(*(torch.nn.Linear(32, 32) for _ in range(3)))
+    with pytest.raises(ValueError, match="no module is called 'layers.1'; choose from 0, 1, 2$"):
+        hqdm.quantize_network(net, **more)
+    assert not hqdm.layers(net)
+    assert [r["wbits"] for r in hqdm.quantize_network(net, skip=iter(["1"]))] == [8, 32, 8]
+
+
+def test_a_weight_norm_goes_with_its_layer():
+    """The report has its parameters in the layer's size before, no row of their own; and the first call may be checkpointed."""
+    norm = torch.nn.utils.parametrizations.weight_norm
+    net = torch.nn.Sequential(torch.nn.Linear(32, 32), norm(torch.nn.Linear(32, 32)), torch.nn.Linear(32, 32))
+    total, teacher, x = 4 * sum(p.numel() for p in net.parameters()), copy.deepcopy(net), torch.randn(4, 32)
+    rows = hqdm.quantize_network(net)
+    assert [r["layer"] for r in rows] == ["0", "1", "2"] and sum(r["float_bytes"] for r in rows) == total
+    hqdm.calibrate(net, teacher, [(x,)])
+    compute_again(net, x, use_reentrant=False).sum().backward()
+    assert net[1].weights.lora_B.grad.any()
 
 
 class OwnForward(torch.nn.Conv2d):
@@ -148,7 +171,7 @@ def hooked(layer):
 @pytest.mark.parametrize("odd, message", [
     (torch.nn.ConvTranspose2d(32, 32, 2), "ConvTranspose2d has no"), (torch.nn.Conv1d(32, 32, 1), "Conv1d has no"),
     (torch.nn.Conv3d(32, 32, 1), "Conv3d has no"), (torch.nn.MultiheadAttention(32, 2), "MultiheadAttention has no"),
-    (torch.nn.LSTM(32, 32), "LSTM has no"), (OwnForward(32, 32, 1), "OwnForward has no"),
+    (torch.nn.LSTM(32, 32), "LSTM has no"), (torch.nn.GRUCell(32, 32), "GRUCell has no"), (OwnForward(32, 32, 1), "OwnForward has no"),
     (Standardized(32, 32, 1), "Standardized has no"), (patched(torch.nn.Linear(32, 32)), "a Linear has no"),
     (hooked(torch.nn.Linear(32, 32)), "hooks"), (torch.nn.Conv2d(32, 32, 3, groups=2), "groups 1"),
     (torch.nn.Conv2d(48, 32, 1), "48 channels are not a multiple")])
@@ -830,7 +853,7 @@ def test_files_that_sample_writes(checkpoint, tmp_path, capsys):
     assert report["scores"][str(checkpoint)]["psnr"] == 99 and report["hardware"] and report["date"]
 
 
-def test_sample_writes_over_nothing_but_its_own(checkpoint, tmp_path, capsys):
+def test_sample_writes_over_nothing_but_its_own(checkpoint, tmp_path, monkeypatch, capsys):
     """Targets that are one file, a checkpoint as a target, a .json of something else: refused, the file as it was."""
     before, metrics, a = checkpoint.read_bytes(), tmp_path / "metrics.json", tmp_path / "a.png"
     metrics.write_text("{}")
@@ -840,7 +863,33 @@ def test_sample_writes_over_nothing_but_its_own(checkpoint, tmp_path, capsys):
                  ["--score", "--out", metrics.with_suffix(".png")]):
         code, _, err = run(capsys, checkpoint, "-n", 2, "--steps", 1, *argv)
         assert code == 2 and ("different files" in err or "holds no scores" in err or "must end in" in err)
-    assert checkpoint.read_bytes() == before and metrics.read_text() == "{}" and not a.exists()
+    metrics.write_bytes(b"\xff")
+    assert "holds no scores" in run(capsys, checkpoint, "-n", 2, "--score", "--out", metrics.with_suffix(".png"))[2]
+    assert checkpoint.read_bytes() == before and metrics.read_bytes() == b"\xff" and not a.exists()
+    metrics.unlink(), metrics.symlink_to(tmp_path / "nowhere"), (tmp_path / "empty").mkdir()
+    assert "no plain file" in run(capsys, checkpoint, "-n", 2, "--score", "--out", metrics.with_suffix(".png"))[2]
+    monkeypatch.setattr(sample.os, "access", lambda path, mode: os.path.basename(path) != "empty")
+    assert "may be written to" in run(capsys, checkpoint, "-n", 2, "--out", a, "--png", tmp_path / "empty")[2]
+
+
+def test_networks_without_parameters_or_classes_draw():
+    """A frozen one that had no norms has buffers alone; without classes all labels are 0."""
+    class Net(torch.nn.Module):
+        classes = 0
+
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 1), torch.nn.Conv2d(32, 3, 1))
+
+        def forward(self, x, t, y):
+            assert not y.any()
+            return self.layers(x)
+    net = Net()
+    teacher = copy.deepcopy(net)
+    hqdm.quantize_network(net)
+    hqdm.calibrate(net, teacher, [(torch.randn(2, 3, 8, 8), 0, torch.zeros(2))])
+    hqdm.freeze(net)
+    assert not [*net.parameters()] and sample.draw(net, 3, 2)[1].tolist() == [0, 0, 0]
 
 
 @pytest.fixture

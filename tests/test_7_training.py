@@ -368,6 +368,9 @@ def test_update_clips_the_gradient_and_scales_the_rate():
     loss, norm = update(0.5, torch.tensor([3.0, 4.0]))
     assert_close(model.weight.detach(), start - 0.25 * torch.tensor([0.6, 0.8]))
     assert_close(loss, (start * torch.tensor([3.0, 4.0])).sum()) and math.isclose(norm, 5, rel_tol=1e-6)
+    plain, start = torch.optim.SGD(model.parameters(), lr=0.5), model.weight.detach().clone()    # not of runs.adamw
+    runs.updater(plain, lambda g: (model.weight * g).sum(), torch.device("cpu"))(0.5, torch.tensor([3.0, 4.0]))
+    assert_close(model.weight.detach(), start - 0.25 * torch.tensor([0.6, 0.8]))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -627,11 +630,14 @@ def test_resume_is_exact(kind, finished, teacher_file, tmp_path, monkeypatch):
         stop_at(m, 5, lambda: fail(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train.main(argv + [str(cut)])
+    notes, half = cut / "thesis.tmp", cut / "last.pt.01234567.tmp"
+    notes.write_text(""), half.write_text("")        # somebody's, and one of a save that was cut off
     state = runs.read_checkpoint(cut / "last.pt")
     assert len(state["losses"]) == 5 and state["seconds"] > 0 and not (cut / "model.pt").exists()
     del state["format"]
     runs.save_checkpoint(cut / "last.pt", **state | {"seconds": 1000.0})
     train.main(argv + [str(cut), "--resume"])
+    assert notes.exists() and not half.exists()
     a, b = (json.loads((out / "metrics.json").read_text()) for out in (finished, cut))
     assert a["losses"] == b["losses"] and a["curve"] == b["curve"] and b["seconds"] >= 1000
     assert (finished / "curve.json").read_text() == (cut / "curve.json").read_text()
@@ -655,6 +661,14 @@ def test_what_stops_politely():
             os.kill(os.getpid(), sent)
             assert stop
         assert signal.getsignal(sent) == before
+    if hasattr(signal, "SIGHUP"):                    # what nohup lets pass goes on to pass
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            with runs.stop_politely() as stop:
+                os.kill(os.getpid(), signal.SIGHUP)
+                assert not stop
+        finally:
+            signal.signal(signal.SIGHUP, before)
 
 
 def test_a_polite_kill_saves_and_the_run_goes_on(finished, teacher_file, tmp_path, monkeypatch, capsys):
