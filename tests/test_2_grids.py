@@ -95,6 +95,7 @@ def test_scale_search_against_brute_force(bits, kind, p):
     """The scale kept is the best of the 80, by a plain loop in float64 over rows and candidates."""
     torch.manual_seed(1)
     v = torch.randn(6, 200) * torch.rand(6, 1)
+    v[0], v[1] = -v[0].abs(), v[1].abs()             # all on one side
     grid, symmetric = hqdm.make_grid(bits, kind), kind != "asymmetric"
     q_min, q_max, _ = grid
     s, z = hqdm.search_scale(v, grid, p)
