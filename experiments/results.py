@@ -102,7 +102,7 @@ def finding(rows):
     recipe, recipe_fid = ({name: r[key] for name, r in recipes(rows).items()} for key in ("c_is", "c_fid"))
     four = [mean(r["c_fid"] for r in seeds) for (abits, _), seeds in found.items() if abits == 4]
     shares = [f"{fid(k) / top['c_fid']:.1f} times float's C-FID and {mean(r['c_is'] for r in found[3, k]) / top['c_is']:.1%} of its C-IS" for k in ("single", "midrise")]
-    return (f"- **Does H help?** At W4A3 single beats none by {spread(lower(3, 'single', 'none'))} in C-FID (differences of the three seeds); C-IS does not tell them apart, and some of the lead may be the setting's (Tuning, [there](experiments/README.md#tuning)). It helps most in the first hundred updates: after "
+    return (f"- **Does H help?** At W4A3 single beats none by {spread(lower(3, 'single', 'none'))} in C-FID (differences of the three seeds); C-IS does not tell them apart, and some of the lead may be the setting's ([tuning](experiments/README.md#tuning)). It helps most in the first hundred updates: after "
             f"{', '.join(f'{n:,}' for n in counts)} updates none's C-FID is {', '.join(f'{v:.1f}' for v in counts.values())} times single's (seed 0).\n"
             f"- **The grid**: all eight levels, mid-rise, beat single's seven by {spread(lower(3, 'midrise', 'single'))}, and none, which has eight, too, by {spread(lower(3, 'midrise', 'none'))}. At W4A4 all kinds lie between {min(four):.1f} and {max(four):.1f}.\n"
             f"- **To rotate the weights, too, does no harm here**, unlike in the paper: double is not told apart from single at W4A3, and at W4A4 ahead in every seed, by {spread(lower(4, 'double', 'single'))}.\n"
@@ -188,17 +188,20 @@ def tune(rows):
     less = ", ".join(f"{fids[main, k] - best[k]:.1f} for {KINDS[k]}" for k in kinds)
     return "\n".join([*lines, note + f"\nOn own walks single's C-FID is ahead of none's by {min(leads.values()):.1f} to {max(leads.values()):.1f}, by {best['none'] - best['single']:.1f} with each at its best. The main rows' setting, "
                       f"chosen before, is the one with the largest lead, and there each kind is above its best by {less}. So of single's lead in the main rows {fids[main, 'none'] - best['none'] - fids[main, 'single'] + best['single']:.1f} "
-                      f"may be the setting's. But this is one seed and few pictures: the same training of mid-rise, run thrice, had {', '.join(f'{v:.1f}' for v in sorted([*again, fids[main, 'midrise']]))}.\n{halved(rows)}"])
+                      f"may be the setting's. But this is one seed and few pictures: the same training of mid-rise, run thrice, had {', '.join(f'{v:.1f}' for v in sorted([*again, fids[main, 'midrise']]))}.\n{balanced(rows)}"])
 
 
-def halved(rows):
-    """Text: none and single with three seeds at the balance that suits none best."""
-    made = {key: {r["seed"]: r for r in of_part(rows, "balance") if (r["abits"], kind(r)) == key} for key in ((a, k) for a in (3, 4) for k in ("none", "single"))}
-    if not all(len(seeds) == 3 for seeds in made.values()):
-        return "Three seeds of both at balance 0.5 are declared (`python experiments/grid.py balance`), and not made yet.\n"
-    words = [f"W4A{a} none {spread([r['c_fid'] for r in made[a, 'none'].values()])} / {spread([r['c_is'] for r in made[a, 'none'].values()], 3)}, single {spread([r['c_fid'] for r in made[a, 'single'].values()])} / "
-             f"{spread([r['c_is'] for r in made[a, 'single'].values()], 3)}, ahead by {spread([r['c_fid'] - made[a, 'single'][seed]['c_fid'] for seed, r in made[a, 'none'].items()])} in C-FID" for a in (3, 4)]
-    return f"Three seeds of both at balance 0.5, 10,000 pictures (`python experiments/grid.py balance`): {'; '.join(words)}.\n"
+def balanced(rows):
+    """Text: none and single with three seeds each at the balance that suits none best."""
+    found, words = of_part(rows, "balance"), []
+    if len(found) < 12:
+        return "Three seeds of both at the balance that suits none best are declared (`python experiments/grid.py balance`), and not all made yet.\n"
+    for bits in (3, 4):
+        none, single = (sorted((r for r in found if (r["abits"], kind(r)) == (bits, k)), key=lambda r: r["seed"]) for k in ("none", "single"))
+        scores = [f"{spread([r['c_fid'] for r in seeds])} / {spread([r['c_is'] for r in seeds], 3)}" for seeds in (none, single)]
+        ahead = spread([a["c_fid"] - b["c_fid"] for a, b in zip(none, single, strict=True)])
+        words.append(f"W4A{bits} none {scores[0]}, single {scores[1]}, ahead by {ahead} in C-FID")
+    return f"Three seeds of both at balance {found[0]['balance']:g}, {found[0]['n']:,} pictures (`python experiments/grid.py balance`): {'; '.join(words)}.\n"
 
 
 def means():

@@ -178,6 +178,18 @@ def test_means_deviations_and_goals_of_the_experiment():
         [*made, {**cost[1], "seconds": 301, "peak_gib": 12}])
 
 
+def test_none_and_single_at_another_balance():
+    """From made-up rows: both kinds and bits in words, with the lead seed by seed; said, where rows are missing."""
+    results = importlib.import_module("results")
+    made = [{"part": "balance", "wbits": 4, "abits": bits, "rotation": kind, "seed": seed, "n": 9000, "balance": 0.25,
+             "c_fid": bits + 5 * seed + (kind == "none") * (2 + seed), "c_is": 8.0 + seed / 10}
+            for seed in (2, 0, 1) for kind in ("single", "none") for bits in (4, 3)]
+    said = results.balanced(made)
+    assert "at balance 0.25, 9,000 pictures" in said and "W4A3 none 11.0 ± 6.0 / 8.100 ± 0.100, single 8.0 ± 5.0 / 8.100" in said
+    assert said.count("ahead by 3.0 ± 1.0 in C-FID") == 2 and said.index("W4A3") < said.index("W4A4")
+    assert "not all made yet" in results.balanced(made[1:])
+
+
 def test_what_the_pages_say_of_the_results():
     """Each sentence about the scores, "not reached" included, holds for the JSON that the tables are made from."""
     table, results = importlib.import_module("table"), importlib.import_module("results")
