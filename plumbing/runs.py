@@ -383,7 +383,7 @@ def _open_folder(out, name, resume, locks):
         if not (folder / "last.pt").is_file():
             raise FileNotFoundError(f"nothing to resume in {folder}: it has no last.pt")
         locks.enter_context(lock(folder))
-        for part in [p for name in FILES for p in folder.glob(f"{name}.????????.tmp")]:      # of a save cut off by a kill
+        for part in [p for name in FILES for p in folder.glob(f"{name}.????????.tmp")]:    # a save cut off
             part.unlink()
         return folder
     if out and any((folder / f).exists() for f in FILES):
