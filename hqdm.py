@@ -1,8 +1,7 @@
 """HQ-DM in one file: 4-bit weights and 4- or 3-bit activations for diffusion models, with one Hadamard transform.
 
 Mao et al., "HQ-DM: Single Hadamard Transformation-Based Quantization-Aware Training for Low-Bit Diffusion Models",
-arXiv 2512.05746. Needs torch and einops alone. All is definitions in plain PyTorch. Decorators (@kernel, @kept ..)
-come from plumbing/kernels.py: they make things faster or warn, and change no result. Read past them.
+arXiv 2512.05746. Definitions in plain PyTorch, with einops. Decorators (@kernel ..) change no result: read past them.
 
 The trouble: a few activation channels are far larger than the rest (outliers). A 3-bit grid wide enough for them has no
 levels left for the others. The cure: spread each pixel's channel vector with a Hadamard transform H before rounding and
@@ -65,7 +64,8 @@ from einops import rearrange
 
 try:
     from plumbing.int8 import exact_or_said
-    from plumbing.kernels import full_float32, kept, kept_while_frozen, kernel
+    from plumbing.kernels import full_float32, kernel
+    from plumbing.kept import kept, kept_while_frozen
 except ModuleNotFoundError:                          # this file alone is complete, and slower: none changes a result
     kernel = kept = kept_while_frozen = exact_or_said = lambda definition: definition
     full_float32 = lambda device: torch.autocast(device.type, enabled=False)     # noqa: E731  bf16 keeps no integers

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 
 import plumbing.blocks  # noqa: F401  the kernels of group_norm, residual, attend and attention
-from plumbing.kernels import kept, kernel
+from plumbing.kernels import kernel
+from plumbing.kept import kept
 
 T = 1000                # diffusion times that the network was trained on (DDPM section 4)
 GROUPS = 32             # groups of every GroupNorm: 2 to 8 channels each at our widths

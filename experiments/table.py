@@ -294,6 +294,7 @@ def speed():
         return "\n".join([made[0], "|" + "---|" * len(rows[0]), *made[1:]])
     slow = max(("none", "double", "single"), key=lambda rotation: of(gpu, "update", "ms", rotation, batch=128))
     (now, now_large), (then, _) = ([[of(entry, "update", "ms", what, batch=b) for what in ("float", slow)] for b in (128, 512)] for entry in (gpu, old))
+    one = report["h200 one stream"]
     more, more_large = now[1] - now[0], now_large[1] - now_large[0]
     fixed = more - (more_large - more) / 3           # of a + b * batch, at 128 and four times that
     half, whole = (of(gpu, "sampling", "ms", what) / float_drawn["pictures"] * 10 for what in ("float, bf16, compiled", "w4a3-single, integer B"))      # a step of 500
@@ -302,7 +303,9 @@ def speed():
             or sum(row[-1] == "missed" for row in goals) != 3 or fixed < more / 2):
         raise ValueError("what is said of missed goals of speed holds no more: write it anew")
     missed = (f"**Missed.** An update at batch 128: float takes {now[0]:.1f} ms, {1 - now[0] / then[0]:.0%} less than before, {slow} {now[1]:.1f}, {1 - now[1] / then[1]:.0%} less. Between them lie {more:.1f} ms, at 512 {more_large:.1f}: by a straight line "
-              f"through both {fixed:.1f} do not grow with the batch. We think these are small kernels, layer by layer, that round weights, add LoRA, look scales up and lead gradients back. Against bf16: a step of 500 takes {half:.1f} ms compiled in bf16, {whole:.1f} in "
+              f"through both {fixed:.1f} do not grow with the batch. Most of the gain is a second stream, on which weights and scales of all layers are made beside the convolutions (`ahead` in `plumbing/kept.py`): with one stream the ratios are {slowest(one['figures'], (128, 512))}. "
+              "What is left we think are small kernels that others wait for: AdamW's, one rate a layer, and those that look scales up and lead their gradients back. Another priority of that stream, and sums of gradients inside a kernel, made it no faster. "
+              f"Against bf16: a step of 500 takes {half:.1f} ms compiled in bf16, {whole:.1f} in "
               f"integers. Between layers these keep float32, as the fake-quantized network does, whose bits they must have, and attention and norms compute in it; the figure below shows what is spent on what. Float training is short by {1 - g['float_images_per_s'] / 20_000:.0%} "
               f"at 512, and not at 1,024, for {2 - larger['ms'] / training['ms']:.0%} of a step at 512 do not grow with the batch.\n\n")
     return (f"{lines(goals)}\n\nBefore: the code before `plumbing/blocks.py`; on the H200 all but the step is of {old['provenance']['sampling']['date']}, on the CPU of {cpu_old['provenance']['sampling']['date']}. "

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import math
 import os
-import weakref
 
 import torch
 import torch.nn.functional as F
@@ -101,47 +100,6 @@ def full_float32(device):
                 p.fp32_precision = precision
             if common not in (None, "highest"):
                 torch.set_float32_matmul_precision(common)
-
-
-def kept(make):
-    """Decorator: make(*args) -> a tensor made of args alone, kept until somebody writes to it."""
-    memory = {}
-
-    @functools.wraps(make)
-    def remember(*args, **kwargs):
-        if torch.compiler.is_compiling():            # what a compiler sees is nothing to keep
-            return make(*args, **kwargs)
-        key = args, *kwargs.items()
-        if key not in memory or memory[key]._version:
-            with torch.inference_mode(False):        # for later calls, too, and those may need gradients
-                result = make(*args, **kwargs)
-            if type(result) is not torch.Tensor:     # an exporter's stand-in
-                return result
-            memory[key] = result
-        return memory[key]
-    return remember
-
-
-def kept_while_frozen(make):
-    """Decorator: make(module) -> tensors; once it has nothing to train, anew only where a mode or tensor changed."""
-    memory = weakref.WeakKeyDictionary()             # not the module's own: copies and pickles begin with nothing
-
-    @functools.wraps(make)
-    def remember(module):
-        parts = module, *module._modules.values()    # a layer and its quantizers
-        buffers = [v for part in parts for v in part._buffers.values()]
-        if (torch.compiler.is_compiling() or any(part._parameters for part in parts)
-                or any(v.is_inference() for v in buffers)):      # those do not say when they are written to
-            return make(module)
-        mode, tensors = [vars(module).get(n) for n in ("integer", "view")], [(v, v._version) for v in buffers]
-        last_mode, last_tensors, result = memory.get(module, (None, (), None))
-        if mode != last_mode or any(a is not b or i != j for (a, i), (b, j) in zip(tensors, last_tensors)):
-            with torch.inference_mode(False):
-                result = make(module)
-            if type(result[0]) is torch.Tensor:      # not an exporter's stand-in
-                memory[module] = mode, tensors, result
-        return result
-    return remember
 
 
 @has_kernel("int_product", lambda q_x, q_w, *_, **__: q_x.device.type in ("cpu", "cuda")

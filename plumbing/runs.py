@@ -158,6 +158,12 @@ def recorded(f, device):
             try:
                 with torch.cuda.graph(graph, capture_error_mode="thread_local"):     # torch.distributed has a thread
                     result = f(*held)
+            except RuntimeError as e:
+                if "captur" not in str(e):
+                    raise
+                raise RuntimeError(f"no CUDA graph could be recorded: {one_line(e)}. Does something in it wait for the "
+                                   "GPU, as .item() does? Or is a result of the network kept, and with it the graph of "
+                                   "its gradient? Then detach() it") from e
             finally:
                 if collecting:
                     gc.enable()
@@ -200,10 +206,13 @@ def updater(optimizer, compute_loss, device):
     """
     groups, cuda = optimizer.param_groups, device.type == "cuda"
     params = [p for group in groups for p in group["params"]]
-    for group in groups:                             # a recorded step reads its rates from the GPU: a number would stay
+    for group in groups:
         group.setdefault("initial_lr", group["lr"])  # of an optimizer that adamw did not make
-        group["lr"] = torch.tensor(group["initial_lr"], device=device) if cuda else group["initial_lr"]
         group["capturable"] = cuda                   # here, because the state of a run on another device may be loaded
+    initial = torch.tensor([group["initial_lr"] for group in groups], device=device)
+    rates = initial.clone()                          # a recorded step reads its rates from the GPU: a number would stay
+    for group, rate in zip(groups, rates):
+        group["lr"] = rate if cuda else group["initial_lr"]
 
     def backward(*tensors):
         optimizer.zero_grad(set_to_none=True)
@@ -222,9 +231,9 @@ def updater(optimizer, compute_loss, device):
         step = _shared_step(backward, descend, params, device)
 
     def update(factor, *tensors):
-        for group in groups:
-            rate = group["initial_lr"] * factor
-            group["lr"] = group["lr"].fill_(rate) if cuda else rate
+        torch.mul(initial, factor, out=rates)
+        for group in () if cuda else groups:
+            group["lr"] = group["initial_lr"] * factor
         return step(*tensors)
 
     return update

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import hqdm
 from conftest import DEVICES
-from plumbing import kernels
+from plumbing import kept
 
 
 def dense(n):
@@ -165,7 +165,7 @@ def test_the_matrix_may_be_made_in_inference_mode():
 
 def test_an_exporters_tensors_are_not_kept():
     """The first transform of a size, and the first abar, may run on stand-ins without numbers; later calls are real."""
-    table = kernels.kept(lambda n: torch.arange(n))
+    table = kept.kept(lambda n: torch.arange(n))
     with FakeTensorMode():
         hqdm.hadamard(torch.randn(2, 1024), 1, 1024), table(4)
     assert torch.equal(table(4), torch.arange(4)) and table(4) is table(4)

@@ -23,7 +23,7 @@ from torch.testing import assert_close
 import hqdm
 import sample
 import train
-from plumbing import runs
+from plumbing import kept, runs
 from unet import UNet, ddim, ddim_timesteps
 
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -394,7 +394,50 @@ def test_recorded_steps_are_the_steps(device):
         assert_close(a.weight, b.weight, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@GPU
+def test_weights_made_ahead_are_the_weights():
+    """A recorded step takes weights and scales of all layers from a second stream: the same gradients, at any weights."""
+    teacher = tiny_unet().cuda()
+    student = train.quantized_copy(teacher, SCHEME, train.trajectories(teacher, 2, len(TIMES), 0))
+    params, (batch, *_) = [p for p in student.parameters() if p.requires_grad], train.Carousel(teacher, 8, TIMES, 1).batches(4, 1, 0)
+    taken = []
+
+    def gradients(x, t, y, target):
+        with kept.ahead(student):
+            taken.append(len(kept._ahead))
+            loss = (student(x, t, y) - target).square().mean()
+        taken.append(len(kept._ahead))
+        return torch.autograd.grad(loss, params)
+    step = runs.recorded(gradients, "cuda")
+    for _ in range(4):
+        with torch.no_grad():
+            for p in params:
+                p.mul_(1.01)
+        for mine, eager in zip(step(*batch), gradients(*batch)):
+            assert_close(mine, eager, rtol=1e-4, atol=1e-4 * eager.abs().max().item())
+    assert max(taken) == 2 * len(hqdm.layers(student)) and not kept._ahead
+
+
+@GPU
+def test_a_recording_that_fails_says_why():
+    """A kept result holds the graph of its gradient, on everybody's stream; a number that is read waits for the GPU."""
+    teacher = tiny_unet().cuda()
+    student = train.quantized_copy(teacher, SCHEME, train.trajectories(teacher, 2, len(TIMES), 0))
+    batches = list(train.Carousel(teacher, 8, TIMES, seed=1).batches(4, 4, 0))
+    optimizer, held = runs.adamw(train.parameter_groups(student), torch.device("cuda")), student(*batches[0][:3])
+    with pytest.raises(RuntimeError, match="detach"):
+        list(train.distil(student, optimizer, batches, 4))
+    del held
+    assert len(list(train.distil(student, optimizer, batches, 4))) == 4
+    step = runs.recorded(lambda x: x * x.sum().item(), "cuda")
+    with pytest.raises(RuntimeError, match="item"):
+        [step(torch.ones(3, device="cuda")) for _ in range(2)]
+
+
+@GPU
 def test_python_frees_no_recording_while_another_is_made():
     """An old recorded step is a ring of objects, freed when Python looks for those; that would spoil a new one."""
     x, old = torch.ones(3, device="cuda"), []
@@ -459,9 +502,10 @@ def test_distillation_tells_what_the_student_said(device):
     teacher = tiny_unet().to(device)
     student, heard = train.quantized_copy(teacher, SCHEME, train.trajectories(teacher, 2, len(TIMES), 0)), []
     batches = list(train.Carousel(teacher, 8, TIMES, seed=1).batches(4, 4, 0))
-    optimizer, expected = runs.adamw(train.parameter_groups(student), torch.device(device)), [student(*batches[0][:3])]
+    optimizer = runs.adamw(train.parameter_groups(student), torch.device(device))
+    expected = [student(*batches[0][:3]).detach()]
     for _ in train.distil(student, optimizer, batches, 4, advance=lambda eps: heard.append(eps.clone())):
-        expected += [student(*batch[:3]) for batch in batches[len(expected):len(expected) + 1]]
+        expected += [student(*batch[:3]).detach() for batch in batches[len(expected):len(expected) + 1]]
     assert len(heard) == 4 and all(map(torch.equal, heard, expected)) and not heard[0].requires_grad
 
 
