@@ -47,13 +47,13 @@ quantized() {
         cp runs/grid/$name-seed0/model.pt checkpoints/$name.pt
         cp runs/grid/$name-seed0/metrics.json experiments/$name.json
     done
-    $grid updates side paper spoil clamp cost
+    $grid updates balance side paper spoil clamp cost
     cp runs/grid/results.json experiments/results.json
 }
 
 scores() {
     $PYTHON sample.py checkpoints/teacher.pt --steps 200 --score -n 5000 --out experiments/scores-200.png
-    $PYTHON experiments/spacing.py -n 5000
+    $PYTHON experiments/spacing.py
     for device in cuda cpu; do
         $PYTHON experiments/exact.py checkpoints/w4a3-none.pt checkpoints/w4a3-single-midrise.pt checkpoints/w4a4-single.pt \
             -n 16 --device $device --out experiments/exact-$device.json

@@ -168,7 +168,7 @@ def test_means_deviations_and_goals_of_the_experiment():
         more = [*rows("double", (16, 17, 18), (7.6, 7.7, 7.8)), *({**r, "abits": 4} for r in made[1:]),
                 *({**r, "abits": 4} for r in rows("double", (16, 17, 18), (7.6, 7.7, 7.8)))]
         tried = [{**r, "part": "tune", "walks": walks} for walks in ("teacher", "student") for r in made[-1:]]
-        results.finding([*made, *more, *tried])
+        results.finding([*made, *more, *tried, *({**r, "part": "balance"} for r in made[1:])])
     assert results.headline(made, {(3, "single")}).count("| W4A3 ") == 1
     cost = [{**made[4], "part": "cost", "batch": batch, "seconds": s, "peak_gib": gib} for batch, s, gib in ((32, 90, 2.0), (128, 150, 6.25))]
     assert results.costs([*made, *cost, {**made[4], "part": "side", "batch": 32, "c_fid": 21.0}]) == (
@@ -203,7 +203,9 @@ def test_what_the_pages_say_of_the_results():
     for a, b in zip(single, none):                                           # beats none in each seed
         assert a["c_fid"] < b["c_fid"] and all(a[key] > b[key] for key in ("accuracy", "psnr"))
     fid = {name: results.mean(r["c_fid"] for r in found) for (bits, name), found in by_seed.items() if bits == 3}
-    assert results.finding(results.read()).count("±") == 5 and fid["midrise"] < fid["single"] < fid["none"]
+    assert results.finding(results.read()).count(" to ") > 5 and fid["midrise"] < fid["single"] < fid["none"]
+    top = results.float_row(results.read(), midrise[0]["n"])
+    assert f"keeps {results.mean(r['c_is'] for r in midrise) / top['c_is']:.0%} of the Inception Score" in README
     met = re.findall(r": (met|missed)( and (?:met|missed))?\.\n", results.goals(results.read()))
     assert len(met) == 12 and [m for m in met if "missed" in "".join(m)] == [("met", " and missed")] * 3   # C-IS apart
     made = {r["name"].removesuffix(f"-n{r['n']}"): r for r in results.of_part(results.read(), "clamp")}
