@@ -1,7 +1,7 @@
 """HQ-DM in one file: 4-bit weights and 4- or 3-bit activations for diffusion models, with one Hadamard transform.
 
 Mao et al., "HQ-DM: Single Hadamard Transformation-Based Quantization-Aware Training for Low-Bit Diffusion Models",
-arXiv 2512.05746. Definitions in plain PyTorch, with einops. Decorators (@kernel ..) change no result: read past them.
+arXiv 2512.05746. Needs torch and einops alone. Decorators (@kernel ..) change no result, some warn: read past them.
 
 The trouble: a few activation channels are far larger than the rest (outliers). A 3-bit grid wide enough for them has no
 levels left for the others. The cure: spread each pixel's channel vector with a Hadamard transform H before rounding and

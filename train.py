@@ -34,7 +34,6 @@ import torch.nn.functional as F
 from einops import rearrange
 
 import hqdm
-from plumbing.kept import ahead
 from plumbing.runs import (Run, adamw, autocast, compiled, first_alone, mean_over_processes, my_rows, natural,
                            new_parser, number, pick_device, plot_lines, positive, recorded, report_table, rows_of_all,
                            run_cli, run_folder, same_start, save_checkpoint, seed_step, start_processes, updater, world)
@@ -347,12 +346,11 @@ def distil(student, optimizer, batches, steps, first=0, balance=0.0, advance=Non
     said = None
 
     def loss(x, t, y, target):
-        with ahead(student):
-            eps = student(x, t, y)
+        eps = student(x, t, y)
         said.copy_(eps.detach())                     # out of a step that may be recorded
         return balanced((eps - target).square().mean(dim=(1, 2, 3)), balance)
 
-    update = updater(optimizer, loss, next(student.parameters()).device)
+    update = updater(optimizer, loss, next(student.parameters()).device, student)
     for step, batch in enumerate(batches, start=first):
         x, *rest = (v[my_rows()] for v in batch)
         said = torch.empty_like(x) if said is None else said

@@ -7,7 +7,7 @@ import torch
 
 from plumbing.kernels import full_float32
 
-_made_once = []                  # methods that @kept_while_frozen decorates
+_makers = []                     # methods that @kept_while_frozen decorates
 _ahead = {}                      # (module, method) -> what `ahead` made, and the event of its end
 
 
@@ -36,8 +36,8 @@ def kept_while_frozen(make):
 
     @functools.wraps(make)
     def remember(module):
-        if (module, remember) in _ahead:
-            return _arrived(*_ahead.pop((module, remember)))
+        if (module, remember) in _ahead and torch.cuda.is_current_stream_capturing():        # not in another thread
+            return _arrived(*_ahead[module, remember])
         parts = module, *module._modules.values()    # a layer and its quantizers
         buffers = [v for part in parts for v in part._buffers.values()]
         if (torch.compiler.is_compiling() or any(part._parameters for part in parts)
@@ -51,40 +51,39 @@ def kept_while_frozen(make):
             if type(result[0]) is torch.Tensor:      # not an exporter's stand-in
                 memory[module] = mode, tensors, result
         return result
-    _made_once.append(remember)
+    _makers.append(remember)
     return remember
 
 
 @contextlib.contextmanager
 def ahead(network):
-    """Inside, while a CUDA graph of the network is recorded: weights and scales come from a second stream.
+    """Inside, while a CUDA graph of a training step is recorded: weights and scales come from a second stream.
 
     Those of all layers, in training, are thousands of small kernels, which leave most of a GPU idle. None waits for an
-    image, so they can run beside the large ones; and autograd runs their way back on that stream, too.
+    image, so they can run beside the large ones; and autograd runs their way back on that stream, too. Around forward
+    and backward: a block that is computed again wants the same tensors again. Nothing inside may write to the weights.
     """
-    if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+    if network is None or not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         yield
         return
-    main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    main, side = torch.cuda.current_stream(), torch.cuda.Stream()        # a new one: the last may be of one that failed
     side.wait_stream(main)
     try:
         with torch.cuda.stream(side), full_float32(main.device):
             for module in network.modules():
-                for make in _made_once:
+                for make in _makers:
                     if getattr(type(module), make.__name__, None) is make:
                         _ahead[module, make] = make(module), side.record_event()
         yield
     finally:
+        _ahead.clear()                               # first: a recording that failed cannot wait
         main.wait_stream(side)
-        for key in [key for key in _ahead if key[0] in {*network.modules()}]:
-            del _ahead[key]
 
 
 def _arrived(result, event):
     """What ahead made, once it is there."""
     here = torch.cuda.current_stream()
     here.wait_event(event)
-    for v in result:
-        if v is not None:
-            v.record_stream(here)                    # it is the second stream's memory, and in use here
+    for v in filter(torch.is_tensor, result):
+        v.record_stream(here)                        # it is the second stream's memory, and in use here
     return result

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from . import kernels
+from plumbing import kernels
+from plumbing.kept import ahead
 
 # What each kind of checkpoint looks like; a reader refuses other numbers.
 FORMATS = {"float": 1, "judge": 1, "quantized": 3, "training": 4}
@@ -155,15 +156,13 @@ def recorded(f, device):
         if graphs[key] is None:
             graph, held, collecting = torch.cuda.CUDAGraph(), [v.clone() for v in inputs], gc.isenabled()
             gc.disable()                             # an older graph that Python frees meanwhile spoils this one
-            try:
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):     # torch.distributed has a thread
-                    result = f(*held)
+            outer = sys.exc_info()[1]                # what is being handled already
+            try:                                     # the first `with` leaves the graph's stream after errors, too
+                with torch.cuda.stream(torch.cuda.current_stream()):
+                    with torch.cuda.graph(graph, capture_error_mode="thread_local"):   # torch.distributed has a thread
+                        result = f(*held)
             except RuntimeError as e:
-                if "captur" not in str(e):
-                    raise
-                raise RuntimeError(f"no CUDA graph could be recorded: {one_line(e)}. Does something in it wait for the "
-                                   "GPU, as .item() does? Or is a result of the network kept, and with it the graph of "
-                                   "its gradient? Then detach() it") from e
+                raise _first(e, outer) from None
             finally:
                 if collecting:
                     gc.enable()
@@ -176,6 +175,16 @@ def recorded(f, device):
 
     call.classes = getattr(f, "classes", None)       # ddim asks a network for it
     return call
+
+
+def _first(error, outer):
+    """What went wrong first while a graph was recorded: the end of the recording then fails as well, and says less."""
+    while error.__context__ not in (None, outer):
+        error = error.__context__
+    if "captur" not in str(error):
+        return error
+    return RuntimeError(f"no CUDA graph could be recorded: {one_line(error)}. Does something in it wait for the GPU, as"
+                        " .item() does? Or is a result of the network kept with its gradient's graph? Then detach() it")
 
 
 def compiled(net, device, steps):
@@ -199,25 +208,27 @@ def adamw(groups, device):
     return torch.optim.AdamW(groups, fused=device.type in ("cuda", "cpu"))
 
 
-def updater(optimizer, compute_loss, device):
+def updater(optimizer, compute_loss, device, network=None):
     """A function of (factor, *tensors): one optimiser step on compute_loss(*tensors), at `factor` times initial_lr.
 
-    It returns the loss and the norm of the gradient, which is clipped to 1. On a GPU the whole step is recorded.
+    It returns the loss and the norm of the gradient, which is clipped to 1. On a GPU the whole step is recorded, and
+    the weights of `network`, if it is quantized, are made beside the rest.
     """
     groups, cuda = optimizer.param_groups, device.type == "cuda"
     params = [p for group in groups for p in group["params"]]
     for group in groups:
         group.setdefault("initial_lr", group["lr"])  # of an optimizer that adamw did not make
         group["capturable"] = cuda                   # here, because the state of a run on another device may be loaded
-    initial = torch.tensor([group["initial_lr"] for group in groups], device=device)
+    initial = torch.tensor([group["initial_lr"] for group in groups], dtype=torch.float32, device=device)
     rates = initial.clone()                          # a recorded step reads its rates from the GPU: a number would stay
     for group, rate in zip(groups, rates):
         group["lr"] = rate if cuda else group["initial_lr"]
 
     def backward(*tensors):
         optimizer.zero_grad(set_to_none=True)
-        loss = compute_loss(*tensors)
-        loss.backward()
+        with ahead(network):
+            loss = compute_loss(*tensors)
+            loss.backward()
         return loss.detach()
 
     def descend():
@@ -231,9 +242,11 @@ def updater(optimizer, compute_loss, device):
         step = _shared_step(backward, descend, params, device)
 
     def update(factor, *tensors):
-        torch.mul(initial, factor, out=rates)
-        for group in () if cuda else groups:
-            group["lr"] = group["initial_lr"] * factor
+        if cuda:
+            torch.mul(initial, factor, out=rates)
+        else:
+            for group in groups:
+                group["lr"] = group["initial_lr"] * factor
         return step(*tensors)
 
     return update

@@ -1,4 +1,5 @@
 """The data, both trainings, resuming, and bad input to train.py."""
+import concurrent.futures
 import contextlib
 import copy
 import functools
@@ -14,6 +15,7 @@ import signal
 import socket
 import sys
 import tarfile
+import threading
 
 import pytest
 import torch
@@ -368,8 +370,8 @@ def test_update_clips_the_gradient_and_scales_the_rate():
     loss, norm = update(0.5, torch.tensor([3.0, 4.0]))
     assert_close(model.weight.detach(), start - 0.25 * torch.tensor([0.6, 0.8]))
     assert_close(loss, (start * torch.tensor([3.0, 4.0])).sum()) and math.isclose(norm, 5, rel_tol=1e-6)
-    plain, start = torch.optim.SGD(model.parameters(), lr=0.5), model.weight.detach().clone()    # not of runs.adamw
-    runs.updater(plain, lambda g: (model.weight * g).sum(), torch.device("cpu"))(0.5, torch.tensor([3.0, 4.0]))
+    plain, start = torch.optim.SGD(model.parameters(), lr=1), model.weight.detach().clone()      # not of runs.adamw
+    runs.updater(plain, lambda g: (model.weight * g).sum(), torch.device("cpu"))(0.25, torch.tensor([3.0, 4.0]))
     assert_close(model.weight.detach(), start - 0.25 * torch.tensor([0.6, 0.8]))
 
 
@@ -397,25 +399,119 @@ def test_recorded_steps_are_the_steps(device):
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
+class Stream:
+    """Of torch.cuda, for the tests without a GPU: it notes who waited for what; bad: like that of a recording that failed."""
+    device, bad, waits = torch.device("cpu"), False, []
+
+    def wait_stream(self, other):
+        self.waits.append(other.record_event())
+
+    def wait_event(self, event):
+        self.waits.append(event)
+
+    def record_event(self):
+        if Stream.bad:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        return "event"
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    """As if a CUDA graph were being recorded, in this thread."""
+    monkeypatch.setattr(Stream, "waits", [])
+    here = threading.get_ident()
+    for name, f in dict(is_available=lambda: True, is_current_stream_capturing=lambda: threading.get_ident() == here, current_stream=Stream,
+                        Stream=Stream, stream=lambda s: contextlib.nullcontext()).items():
+        monkeypatch.setattr(torch.cuda, name, f)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+
+
+def two_layers():
+    """A quantized network, with B A != 0, and an input."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.SiLU(), torch.nn.Linear(32, 32))
+    student, x = copy.deepcopy(net), torch.randn(8, 32)
+    hqdm.quantize_network(student, hqdm.Scheme(4, 4, block=16, rank=4), eight_bits=())
+    hqdm.calibrate(student, net, [(x,)])
+    for layer in hqdm.layers(student):
+        torch.nn.init.normal_(layer.weights.lora_B, std=0.05)
+    return student, x.requires_grad_()
+
+
+def test_ahead_makes_each_weight_once(recording, monkeypatch):
+    """Used twice, or computed again in backward, and in autocast: the gradients without. Another thread makes its own."""
+    student, x = two_layers()
+    params, made = [p for p in student.parameters() if p.requires_grad], []
+    bf16 = torch.autocast("cpu", dtype=torch.bfloat16)
+    again = functools.partial(torch.utils.checkpoint.checkpoint, student, use_reentrant=False, preserve_rng_state=False)
+    for f in (lambda: student(student(x)), lambda: again(x)):
+        with bf16:
+            expected = torch.autograd.grad(f().square().mean(), params)
+        with monkeypatch.context() as m:
+            m.setattr(hqdm.WeightQuantizer, "forward", lambda self, plain=hqdm.WeightQuantizer.forward: made.append(self) or plain(self))
+            made.clear()
+            with bf16, kept.ahead(student):
+                loss = f().square().mean()
+                gradients = torch.autograd.grad(loss, params)
+                assert len(made) == 2 and len(Stream.waits) > 4
+                with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                    pool.submit(student, x).result()
+                assert len(made) == 4, "by another thread"
+        assert not kept._ahead and max(a.abs().max() for a in expected) > 0
+        for mine, oracle in zip(gradients, expected, strict=True):
+            assert_close(mine, oracle)
+
+
+def test_ahead_leaves_nothing_after_an_error(recording, monkeypatch):
+    """What a recording that failed had made is not used later; and a network that it knows nothing of passes."""
+    student, x = two_layers()
+    with pytest.raises(RuntimeError), kept.ahead(student):
+        assert len(kept._ahead) == 4
+        monkeypatch.setattr(Stream, "bad", True)
+        raise ValueError("inside")
+    assert not kept._ahead
+    monkeypatch.setattr(Stream, "bad", False)
+    with kept.ahead(None), kept.ahead(torch.nn.Linear(3, 3)):
+        assert not kept._ahead
+
+
+def test_the_first_error_of_a_recording_is_told():
+    """The end of the recording fails as well, and says less; an error that was being handled before is another matter."""
+    def told(first, outer=None):
+        try:
+            try:
+                try:
+                    raise outer or first
+                finally:
+                    if outer:
+                        raise first
+            finally:
+                raise RuntimeError("operation failed due to a previous error during capture")
+        except RuntimeError as e:
+            return runs._first(e, outer)
+    memory = torch.OutOfMemoryError("CUDA out of memory")
+    assert told(memory) is memory and told(memory, ValueError("handled")) is memory
+    assert "not permitted when stream is capturing. Does" in str(told(RuntimeError("operation not permitted when stream is capturing")))
+
+
 @GPU
 def test_weights_made_ahead_are_the_weights():
     """A recorded step takes weights and scales of all layers from a second stream: the same gradients, at any weights."""
     teacher = tiny_unet().cuda()
     student = train.quantized_copy(teacher, SCHEME, train.trajectories(teacher, 2, len(TIMES), 0))
-    params, (batch, *_) = [p for p in student.parameters() if p.requires_grad], train.Carousel(teacher, 8, TIMES, 1).batches(4, 1, 0)
-    taken = []
+    params, taken = [p for p in student.parameters() if p.requires_grad], []
+    batch, *_ = train.Carousel(teacher, 8, TIMES, 1).batches(4, 1, 0)
 
     def gradients(x, t, y, target):
         with kept.ahead(student):
-            taken.append(len(kept._ahead))
             loss = (student(x, t, y) - target).square().mean()
-        taken.append(len(kept._ahead))
-        return torch.autograd.grad(loss, params)
+            taken.append(len(kept._ahead))
+            return torch.autograd.grad(loss, params)
     step = runs.recorded(gradients, "cuda")
     for _ in range(4):
         with torch.no_grad():
             for p in params:
-                p.mul_(1.01)
+                p.add_(0.01 * torch.randn_like(p))
         for mine, eager in zip(step(*batch), gradients(*batch)):
             assert_close(mine, eager, rtol=1e-4, atol=1e-4 * eager.abs().max().item())
     assert max(taken) == 2 * len(hqdm.layers(student)) and not kept._ahead
@@ -430,11 +526,14 @@ def test_a_recording_that_fails_says_why():
     optimizer, held = runs.adamw(train.parameter_groups(student), torch.device("cuda")), student(*batches[0][:3])
     with pytest.raises(RuntimeError, match="detach"):
         list(train.distil(student, optimizer, batches, 4))
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
     del held
+    hook = student.conv_in.register_forward_hook(lambda *args: args[-1].sum().item())
+    with pytest.raises(RuntimeError, match="stream is capturing.*item"):
+        list(train.distil(student, optimizer, batches, 4))
+    assert not kept._ahead and torch.cuda.current_stream() == torch.cuda.default_stream()
+    hook.remove()
     assert len(list(train.distil(student, optimizer, batches, 4))) == 4
-    step = runs.recorded(lambda x: x * x.sum().item(), "cuda")
-    with pytest.raises(RuntimeError, match="item"):
-        [step(torch.ones(3, device="cuda")) for _ in range(2)]
 
 
 @GPU
