@@ -826,8 +826,8 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(teacher_file, tmp_
     """A loss that is not finite: exit code 2, the step named, last.pt from before it, no model.pt."""
     real, count = train.updater, iter(range(100))
     monkeypatch.setattr(runs, "SAVE_SECONDS", 0)
-    monkeypatch.setattr(train, "updater", lambda optimizer, loss, device: real(
-        optimizer, lambda *batch: loss(*batch) * (math.nan if next(count) == 4 else 1), device))
+    monkeypatch.setattr(train, "updater", lambda optimizer, loss, *rest: real(
+        optimizer, lambda *batch: loss(*batch) * (math.nan if next(count) == 4 else 1), *rest))
     assert refused(arguments(teacher_file, tmp_path)) == 2
     assert "not finite at step 5; the checkpoint of step 4 is kept" in capsys.readouterr().err
     ckpt = runs.read_checkpoint(tmp_path / "last.pt")
