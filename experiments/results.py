@@ -134,7 +134,7 @@ def goals(rows):
             lines.append(f"- W4A3 {KINDS[name]}, as float draws it: PSNR {all_of['psnr']} dB (goal {FAITHFUL['psnr']}), brighter by "
                          f"{all_of['brightness']} levels (goal within {FAITHFUL['brightness']}), contrast {all_of['contrast']} "
                          f"(goal within {FAITHFUL['contrast']:.0%}): {'met' if met else 'missed'}.")
-    for part, where in (("headline", ""), ("balance", f"at another balance, tried afterwards (see Tuning), ")):
+    for part, where in (("headline", ""), ("balance", "at another balance, tried afterwards (see Tuning), ")):
         for abits in (4, 3):
             single, none = (groups(rows, part).get((abits, k), []) for k in ("single", "none"))
             if len(single) > 1 and len(none) > 1:
