@@ -45,7 +45,7 @@ weight before it is rounded; a scale s_w for each output channel; a scale s_x fo
     k         block         32                         channels that one transform mixes
     s_x(t)    log_s_x       (S,)                       activation scale at each of S DDIM steps, as a logarithm
     z_x(t)    z_x           (S,)                       zero point of activations, only where rotation = "none"
-    q_x       q_x           shape of x                 activation integers, z_x taken off
+    q_x       q_x           shape of x                 activation integers; with z_x: clamp(round(x / s_x) + z_x) - z_x
     s_w       log_s_w       (C_out, 1)                 weight scale, as a logarithm: positive by construction
     z         z_w           (C_out, 1)                 zero point of weights, an integer in 0 .. 2^b - 1
     q_w       q_w           shape of the weight        weight integers 0 .. 2^b - 1, two 4-bit ones a byte when packed
@@ -160,7 +160,7 @@ def make_grid(bits, kind):
     """The Grid that `bits` bits hold, b of them.
 
     "asymmetric": 0 .. 2^b - 1, to go with a zero point. "midtread", the paper's: -q_max .. q_max with 0 in the middle,
-    q_max = 2^(b-1) - 1; one of 2^b codes is left over. "midrise" uses all for odd numbers, up to 2^b - 1, and has no 0.
+    q_max = 2^(b-1) - 1; one of 2^b codes is left over. "midrise" uses all: odd numbers, of half a level each, and no 0.
     Raises ValueError for another kind.
     """
     most, half = 2**bits - 1, 2 ** (bits - 1) - 1
@@ -433,11 +433,15 @@ class HQLinear(HQLayer):
 
 def check_scheme(scheme):
     """ValueError for bits, rotations, grids and timesteps that do not exist, or do not go together."""
-    wbits, abits, rotation, _, _, timesteps, grid = scheme
+    wbits, abits, rotation, block, _, timesteps, grid = scheme
     if rotation not in ROTATIONS or {wbits, abits} - {*range(2, 9)}:
         choice = f"2 to 8 bits and {', '.join(ROTATIONS)}"
         raise ValueError(f"W{wbits}A{abits} {rotation} does not exist; choose {choice}")
-    if rotation == "none" and grid != "midtread":
+    if grid not in GRIDS:
+        raise ValueError(f"there is no grid {grid!r}; choose {', '.join(GRIDS)}")
+    if rotation != "none":
+        check_block(block, block)                    # a power of two
+    elif grid != "midtread":
         raise ValueError(f"grid {grid} is for rotated activations; rotation none has an asymmetric one")
     if {type(t) for t in timesteps} != {int} or len(set(timesteps)) < len(timesteps):
         raise ValueError(f"timesteps {timesteps} are not one or more integers, each once")
@@ -448,8 +452,8 @@ def check_scheme(scheme):
 def int_conv2d(q_x, q_w, stride=1, padding=0):
     """Exact integer convolution: q_x (B, h, w, C), q_w (C_out, C, kh, kw), integers -> int32 (B, h', w', C_out).
 
-    Zero padding is exact: 0 is the integer of 0.0 on our grids. Raises TypeError for floats; ValueError for operands
-    that do not fit each other, sums that could pass int32, and devices that multiply no integers.
+    Zero padding is exact: 0 stands for 0.0, also on mid-rise, which rounds nothing to it. Raises TypeError for floats;
+    ValueError for operands that do not fit each other, sums that could pass int32, devices that multiply no integers.
     """
     if q_x.is_floating_point() or q_w.is_floating_point():
         raise TypeError("integer products take integer tensors, and one of these is float")
@@ -635,7 +639,9 @@ def fit_scale(quantizer, x, step=0, samples=8192):
         raise ValueError("no scale fits an activation that is not finite")
     drawn = torch.randint(len(v), (samples,), generator=torch.Generator().manual_seed(0)).to(v.device)
     s, z = search_scale(v[drawn][None], quantizer.grid, p=2, ends=not quantizer.symmetric, span=(lo, hi))
-    quantizer.log_s_x[step] = s[0, 0].log() if lo.any() or hi.any() else 0.0         # of zeros alone: s_x = 1 will do
+    if not (lo.any() or hi.any()):                   # of zeros alone: s_x = 1 will do, but for a grid that has no 0
+        s = torch.ones_like(s) if quantizer.grid.step == 1 else s
+    quantizer.log_s_x[step] = s[0, 0].log()
     if not quantizer.symmetric:
         quantizer.z_x[step] = z[0, 0]
 
@@ -707,6 +713,7 @@ def quantize_network(network, scheme=Scheme(), eight_bits=None, skip=(), packed=
     """
     if layers(network):
         raise ValueError("this network, or a part of it, is quantized already; start from the float one")
+    check_scheme(scheme)
     eight, rows, made = first_and_last(network) if eight_bits is None else eight_bits, [], {}
     in_float, at_8_bits = chooser(network, skip), chooser(network, eight)
     for name, module in network.named_modules():
@@ -719,7 +726,8 @@ def quantize_network(network, scheme=Scheme(), eight_bits=None, skip=(), packed=
                 made[name] = quantized_layer(network, name, own, packed)
                 twin = made[name] if packed else quantized_layer(network, name, own, packed=True)    # its size
             except ValueError as e:
-                raise ValueError(f"{name or 'the network'}: {e}; or leave it in float with skip={[name]}") from None
+                remedy = f"or leave it in float: quantize_network(.., skip={[name]})"
+                raise ValueError(f"{name or 'the network'}: {e}; {remedy}") from None
             note = f"{'asked for' if eight_bits else eight[name]}: 8 bits, not rotated" if at_8 else ""
             packed_bytes = sum(v.nbytes for v in twin.state_dict().values())
             grid, k = own.grid if own.rotation != "none" else "asymmetric", twin.activations.block
@@ -814,7 +822,10 @@ def freeze(model):
 
 
 def set_integer(model, on=True, view="B"):
-    """Every quantized layer computes in integers, or not, in view A or B: same bits. ValueError where it cannot."""
+    """All quantized layers compute in integers, or not, in view A or B: once frozen, to the same bits.
+
+    Raises ValueError for another view, and for a float model.
+    """
     if view not in ("A", "B") or (on and not layers(model)):
         raise ValueError(f"integers need a quantized model and view A or B, not a float one or view {view!r}")
     for layer in layers(model):

@@ -51,7 +51,9 @@ def whole_file(path):
                 if wait is None:
                     raise
                 time.sleep(wait)
-    except (RuntimeError, OSError) as e:             # a full disk, in torch's words or in the system's
+    except RuntimeError as e:                        # torch's words
+        raise OSError(f"could not write {path}; is the disk full? ({str(e).splitlines()[0]})") from None
+    except OSError as e:
         raise OSError(f"could not write {path}: {str(e).splitlines()[0]}") from None
     finally:
         part.unlink(missing_ok=True)
@@ -408,7 +410,7 @@ def _open_folder(out, name, resume, locks):
         for part in [p for name in FILES for p in folder.glob(f"{name}.????????.tmp")]:    # a save cut off
             part.unlink()
         return folder
-    if out and any((folder / f).exists() for f in FILES):
+    if out and any((folder / f).exists() for f in FILES if f != "curve.json"):   # that alone: a first save that failed
         raise ValueError(f"{folder} already holds a run: go on with --resume, or choose another --out")
     try:
         if out:
@@ -604,17 +606,22 @@ def pick_device(name=None):
         raise ValueError(f"--device {name} is no device; choose from {', '.join(have)}") from None
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message} (--help lists all options)\n")
+
+
 def new_parser(doc):
-    """An ArgumentParser for a program with this docstring. It guesses no option from its first letters."""
-    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                   allow_abbrev=False)
+    """An ArgumentParser for a program with this docstring: errors of one line, and no option that is cut short."""
+    return _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
 
 def number(low=-math.inf, high=math.inf):
     """An argparse type: a finite number from low to high."""
     def number(text):
         if not (math.isfinite(value := float(text)) and low <= value <= high):
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {low:g} to {high:g}")
+            which = f"from {low:g} to {high:g}" if high < math.inf else f"from {low:g} on, and finite"
+            raise argparse.ArgumentTypeError(f"{text} is not a number {which}")
         return value
     return number
 

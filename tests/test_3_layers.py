@@ -238,6 +238,10 @@ def test_scales_are_missed_where_they_are_missing():
             fit(new, wrong)
     fit(new, torch.zeros(2, 32), step=1)             # as a t of 0 gives: a scale that later values can live with
     assert new.activations.log_s_x[1] == 0
+    odd = hqdm.ActivationQuantizer(32, 3, grid="midrise")
+    hqdm.fit_scale(odd, torch.zeros(2, 32))          # no level is 0: the nearest must be next to it
+    q, s = odd(torch.zeros(2, 32))
+    assert q.abs().min() == 1 and (q * s.view(-1, 1)).abs().max() < 1e-6
     one_number = hqdm.ActivationQuantizer(32, 3, "none")
     hqdm.fit_scale(one_number, torch.full((2, 32), 5.0))
     assert_close(one_number(torch.full((2, 32), 5.0))[0] * one_number.log_s_x.exp(), torch.full((2, 32), 5.0))

@@ -118,6 +118,10 @@ def test_a_refused_network_is_left_as_it_was():
     message = r"down.0.rows.0.res.conv1: 32 channels are not .* block 64; use a block of 32 or less"
     with pytest.raises(ValueError, match=message):
         hqdm.quantize_network(unet, SCHEME._replace(block=64), packed=True)
+    for change in (dict(wbits=1), dict(grid="foo"), dict(timesteps=(1.0,)), dict(block=33)):     # no layer's fault
+        with pytest.raises(ValueError) as e:
+            hqdm.quantize_network(unet, SCHEME._replace(**change))
+        assert "skip" not in str(e.value) and "conv" not in str(e.value)
     x, t, y = some_input()
     assert not hqdm.layers(unet) and torch.equal(unet(x, t, y), small_unet()(x, t, y))
     hqdm.quantize_network(unet, SCHEME, packed=True)
@@ -809,7 +813,7 @@ def checkpoint(original, tmp_path):
     (["--npz", "/"], "cannot write"),
     (["--steps", "0"], "not a positive number"), (["--steps", "1001"], "outside 1 .. 1000"),
     (["--seed", "-1"], "not a number from 0"), (["--seed", "9" * 30], "not a number from 0"),
-    (["--guidance", "nan"], "not a number from 0"), (["--guidance", "-1"], "not a number from 0"), (["--png", ""], "new or empty"),
+    (["--guidance", "nan"], "not a number from 0 on, and finite"), (["--guidance", "-1"], "not a number from 0 on, and finite"), (["--png", ""], "new or empty"),
     (["--png", str(ROOT)], "new or empty"), (["--png", __file__], "new or empty"), (["no-such.pt"], "no checkpoint"),
     (["q.pt"], "named twice"), (["--score", "--out", "s.json"], "must end in .png"), (["--n", "-1"], "unrecognized"),
     (["--out", "notes.md"], "must end in .png"), (["--npz", "s.zip"], "must end in .npz")])
@@ -817,7 +821,8 @@ def test_bad_input_is_one_line_and_exit_code_2(argv, message, checkpoint, monkey
     """Each mistake is named on stderr, without a traceback; nothing is written."""
     monkeypatch.chdir(checkpoint.parent)
     code, _, err = run(capsys, "q.pt", *argv)
-    assert code == 2 and message in err.splitlines()[-1] and "Traceback" not in err
+    (line,) = err.splitlines()
+    assert code == 2 and line.startswith("error: ") and message in line
     assert [p.name for p in checkpoint.parent.iterdir()] == ["q.pt"]
 
 
