@@ -263,7 +263,7 @@ class WeightQuantizer(nn.Module):
         w, C_out = weight.detach().float().clone(), len(weight)
         self.shape, self.bits, self.grid, self.frozen = w.shape, bits, make_grid(bits, "asymmetric"), False
         if packed:
-            self._hold(w.new_zeros(w.shape), w.new_ones(C_out, 1), w.new_zeros(C_out, 1))
+            self._hold(w.new_zeros(w.shape), w.new_full((C_out, 1), math.nan), w.new_zeros(C_out, 1))
             return
         # Double: the weight lives in the rotated basis from here on, and so do its LoRA factors.
         self.register_buffer("weight", hadamard(w, 1, block) if rotation == "double" else w)

@@ -164,6 +164,7 @@ def full_scale(rotation, wbits, abits, device, kind="conv", grid="midtread"):
     layer = (hqdm.HQConv2d if kind == "conv" else hqdm.HQLinear)(plain, hqdm.Scheme(wbits, abits, rotation, grid=grid), packed=True)
     q_w = torch.randint(2**wbits - 2, 2**wbits, layer.weights.shape)
     layer.weights.q_w = hqdm.pack_weights(q_w, wbits)
+    layer.weights.s_w.fill_(1.0)
     layer.activations.log_s_x.data.zero_()
     x = torch.full((3, 256, 4, 4) if kind == "conv" else (9, 1024), float(2 * layer.activations.q_max))
     x[1:] -= torch.randint(0, 2, x[1:].shape) * layer.activations.q_max      # past the grid's end, and at it or near

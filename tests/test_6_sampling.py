@@ -130,6 +130,19 @@ def test_a_refused_network_is_left_as_it_was():
             hqdm.quantize_network(net, SCHEME)
 
 
+def test_a_packed_network_without_its_weights_computes_nothing():
+    """Calibrated instead of loaded: NaN in both arithmetics, no picture of zero weights; loaded: the model's outputs."""
+    net, x = torch.nn.Sequential(*(torch.nn.Linear(32, 32) for _ in range(3))), torch.randn(4, 32)
+    made, empty = copy.deepcopy(net), copy.deepcopy(net)
+    hqdm.quantize_network(made), hqdm.calibrate(made, net, [(x,)]), hqdm.freeze(made)
+    hqdm.quantize_network(empty, packed=True), hqdm.calibrate(empty, net, [(x,)])
+    for integer in (False, True):
+        hqdm.set_integer(empty, integer)
+        assert empty(x).isnan().all()
+    empty.load_state_dict(made.state_dict())
+    assert torch.equal(empty(x), made(x))
+
+
 @pytest.mark.parametrize("more", [dict(skip=["1", "layers.1"]), dict(eight_bits="layers.1"), dict(skip=iter(["layers.1"]))])
 def test_names_that_mean_nothing_are_refused(more):
     """A name that no module has would leave a layer at bits that nobody asked for; names may come in any collection."""
