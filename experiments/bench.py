@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import hqdm  # noqa: E402
 import train  # noqa: E402
 from plumbing.kernels import on_triton  # noqa: E402
-from plumbing.runs import (adamw, autocast, new_parser, pick_device, provenance, run_cli, write_json)  # noqa: E402
+from plumbing.runs import adamw, autocast, new_parser, pick_device, provenance, run_cli, write_json  # noqa: E402
 from sample import CHECKPOINTS, draw, load_model  # noqa: E402
 from unet import UNet, add_noise, ddim_timesteps  # noqa: E402
 

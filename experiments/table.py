@@ -47,10 +47,10 @@ def headline():
     """Markdown of the first page: the experiment's main rows, and what they say."""
     rows, steps = results.read(), read("steps.json").values()
     ms = [{r["what"]: r["ms"] for r in part["rows"]} for part in steps]
-    bf16 = read("bench.json")["h200"]["figures"]["integer_vs_bf16_sampling"]
+    gpu = read("bench.json")["h200"]
     part_of = " and ".join(f"{m['W4A3, integer'] / m['float']:.0%} ({part['hardware']})" for m, part in zip(ms, steps))
     return (f"{results.headline(rows, CHOSEN)}\n{results.finding(rows)}"
-            f"- **Time**: `python train.py --wbits 4 --abits 3`, from start to pictures: {results.costs(rows)}. A step in integers takes {part_of} of float's time; compiled in bf16 float takes {bf16:.0%} of integers' (2,000 pictures on the H200). 3 bits are int8 there, as 4 are.\n"
+            f"- **Time**: `python train.py --wbits 4 --abits 3`, from start to pictures: {results.costs(rows)}. A step in integers takes {part_of} of float's time; compiled in bf16 float takes {gpu['figures']['integer_vs_bf16_sampling']:.0%} of integers' ({gpu['parts']['sampling'][0]['pictures']:,} pictures on the H200). 3 bits are int8 there, as 4 are.\n"
             f"- All rows, and goals that we met and missed: [experiments/README.md](experiments/README.md).\n")
 
 
@@ -199,7 +199,7 @@ def findings():
             f"together, {old['eps_error']:.4f} (untrained {old['eps_error_untrained']:.4f}), with zero points that learn sixteen times "
             f"as fast {quick['eps_error']:.4f}; our none, with searched zero points, {ours['eps_error']:.4f} "
             f"({ours['eps_error_untrained']:.4f}); single {best:.4f}. Against the usual baseline H looks large; against ours single is "
-            f"behind in this error, and ahead in the scores above. After 1,000 updates by our recipe C-FID and C-IS no longer show whose zero points none began with.\n")
+            f"behind in this error, and ahead in the scores above. After {results.groups(results.read())[3, 'none'][0]['steps']:,} updates by our recipe C-FID and C-IS no longer show whose zero points none began with.\n")
 
 
 def exact():

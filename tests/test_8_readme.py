@@ -223,6 +223,7 @@ def test_what_the_pages_say_of_the_results():
     even, *closer = table.read("spacing.json")["rows"]
     assert even["power"] == 1 and all(even["c_fid"] - (half["c_fid"] - fine["c_fid"]) < r["c_fid"] < even["c_fid"] for r in closer)
     run = table.read("w4a3-single-cpu.json")                                 # the goal of half is missed, because of t = 0
+    assert "{steps} updates, {ddim_steps} DDIM steps instead of 50".format(**run["settings"]) in README
     assert 1 < run["eps_error_untrained"] / run["eps_error"] < 2 and run["eps_errors_untrained"][-1] > 4 * sum(
         run["eps_errors_untrained"][:-1])
     for name in ("teacher", *table.BUNDLED):                     # the bundled files are as large as the table says
